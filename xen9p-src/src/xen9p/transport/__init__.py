@@ -1,0 +1,1 @@
+"""Ways for whole 9P messages to travel: Xen rings, in-memory rings, sockets."""

@@ -1,0 +1,213 @@
+"""The nested host as a QEMU process: start, stop, reset and remove it. Its disks are overlays."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import image
+from .errors import TestbedError
+
+QEMU = "qemu-system-x86_64"
+# AMD without SMAP and AVX: under emulation the only choice with which dom0 boots, data stay whole (QEMU 7.2
+# miscomputes AVX) and Xen needs no Meltdown mitigation. svm and npt are for PVH and HVM guests.
+TCG_CPU = "qemu64,+svm,+npt,+ssse3,+sse4.1,+sse4.2,+popcnt"
+KERNEL_ARGS = "root=/dev/vda rw console=hvc0 mitigations=off quiet loglevel=4 systemd.show_status=0 net.ifnames=0"
+
+
+@dataclass(frozen=True)
+class VmSpec:
+    """One machine. Sizes of memory are in MiB, of disks in GiB; *image* is a directory made by `image.build`."""
+
+    name: str
+    image: str
+    accelerator: str
+    cpus: int
+    memory: int
+    dom0_memory: int
+    store_size: int
+    ssh_port: int
+
+
+class Vm:
+    """The machine whose state lives in *state_dir*."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.dir = state_dir
+        self.host_disk = state_dir / "host.qcow2"
+        self.store_disk = state_dir / "store.qcow2"
+        self.console = state_dir / "console.log"
+        self._pid_file = state_dir / "qemu.pid"
+        self._record = state_dir / "vm.json"
+
+    def pid(self) -> int | None:
+        """Return the pid of our QEMU, None when it does not run. A stale pid file counts for nothing."""
+        try:
+            pid = int(self._pid_file.read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        except (OSError, ValueError):
+            return None
+        ours = Path(command[0]).name.startswith("qemu-system") and str(self._pid_file) in command
+        return pid if ours else None
+
+    def recorded(self) -> VmSpec | None:
+        """Return what the disks and the running machine were made from, None when that is not known."""
+        try:
+            return VmSpec(**json.loads(self._record.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def start(self, spec: VmSpec) -> list[str]:
+        """Make the machine run as *spec* says; return what had to be done, in words: nothing if it does already.
+
+        Another image means a new disk for the host (the store keeps its own); other settings mean a restart.
+        """
+        done: list[str] = []
+        old = self.recorded()
+        if self.pid() is not None:
+            if old == spec:
+                return []
+            self.stop()
+            done.append("stopped: its settings changed")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if old is not None and old.image != spec.image:
+            self.host_disk.unlink(missing_ok=True)
+        done += self._make_disks(spec)
+        self._launch(spec)
+        self._record.write_text(json.dumps(asdict(spec), indent=1) + "\n")
+        return [*done, f"started with {spec.accelerator}"]
+
+    def stop(self, timeout: float = 40.0) -> bool:
+        """Shut the host down by its power button; kill what does not go within *timeout* seconds."""
+        pid = self.pid()
+        if pid is None:
+            return False
+        self._command("system_powerdown")
+        if not _gone(pid, timeout):
+            os.kill(pid, signal.SIGTERM)
+            if not _gone(pid, 5.0):
+                os.kill(pid, signal.SIGKILL)
+                _gone(pid, 5.0)
+        self._pid_file.unlink(missing_ok=True)
+        return True
+
+    def discard(self) -> bool:
+        """Kill the machine and throw its disks away: the next start begins with the image."""
+        existed = self.host_disk.exists() or self.store_disk.exists()
+        running = self.stop(timeout=0.0)
+        for path in (self.host_disk, self.store_disk, self._record, self.console):
+            path.unlink(missing_ok=True)
+        return existed or running
+
+    def remove(self) -> bool:
+        """Kill the machine and remove everything that it left, keys and inventory too."""
+        existed = self.dir.exists()
+        self.stop(timeout=0.0)
+        if existed:
+            shutil.rmtree(self.dir)
+        return existed
+
+    def last_console_line(self) -> str:
+        """Return the newest line that host or hypervisor printed, for progress and for error messages."""
+        try:
+            with self.console.open("rb") as file:
+                file.seek(max(0, self.console.stat().st_size - 2048))
+                text = file.read().decode(errors="replace")
+        except OSError:
+            return ""
+        lines = ["".join(c for c in line if c.isprintable()).strip() for line in text.splitlines()]
+        return next((line for line in reversed(lines) if line), "")[:100]
+
+    def _make_disks(self, spec: VmSpec) -> list[str]:
+        done = []
+        base = Path(spec.image) / image.DISK
+        if not self.host_disk.exists():
+            _qemu_img(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base), str(self.host_disk)])
+            done.append("new host disk")
+        if not self.store_disk.exists():
+            _qemu_img(["create", "-q", "-f", "qcow2", str(self.store_disk), f"{spec.store_size}G"])
+            done.append("new store disk")
+        return done
+
+    def _launch(self, spec: VmSpec) -> None:
+        self.console.unlink(missing_ok=True)
+        # The absolute path of the pid file is how `pid` knows our process from another.
+        command = [*qemu_command(spec), "-pidfile", str(self._pid_file), "-daemonize"]
+        try:
+            # The other files are named relative to the state directory: a Unix socket's path must stay short.
+            done = subprocess.run(
+                command, cwd=self.dir, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError as error:
+            raise TestbedError(f"{QEMU} is not installed: run `make lab`, or apt install qemu-system-x86") from error
+        if done.returncode != 0:
+            reason = (done.stderr.strip() or "no output").splitlines()[-1]
+            remedy = f"; free the port or set testbed_ssh_port (now {spec.ssh_port})" if "hostfwd" in reason else ""
+            raise TestbedError(f"QEMU did not start: {reason}{remedy}")
+
+    def _command(self, name: str) -> None:
+        """Give QEMU one command through its monitor (QMP); a monitor that is gone is no error here."""
+        import socket
+
+        try:
+            with socket.socket(socket.AF_UNIX) as monitor:
+                monitor.settimeout(3.0)
+                monitor.connect(os.path.relpath(self.dir / "qmp.sock"))
+                for command in ("qmp_capabilities", name):
+                    monitor.sendall(json.dumps({"execute": command}).encode())
+                    monitor.recv(4096)
+        except OSError:
+            return
+
+
+def qemu_command(spec: VmSpec) -> list[str]:
+    """Return QEMU's command line: Xen is started directly, with dom0's kernel and initramfs as its modules."""
+    base = Path(spec.image)
+    xen = f"dom0_mem={spec.dom0_memory}M,max:{spec.dom0_memory}M console=com1 com1=115200,8n1 loglvl=warning"
+    xen += " guest_loglvl=warning spec-ctrl=no xpti=no"
+    if spec.accelerator == "kvm":
+        accelerator = ["-accel", "kvm", "-cpu", "host"]
+    else:
+        accelerator = ["-accel", "tcg,thread=multi,tb-size=1024", "-cpu", TCG_CPU]
+    command = [QEMU, "-name", f"xen9p-{spec.name}", *accelerator]
+    command += ["-smp", str(spec.cpus), "-m", str(spec.memory), "-display", "none", "-vga", "none"]
+    command += ["-kernel", str(base / "xen"), "-append", xen]
+    command += ["-initrd", f"{base / 'vmlinuz'} {KERNEL_ARGS},{base / 'initrd.img'}"]
+    command += _disk("host.qcow2", "qcow2", "host") + _disk("store.qcow2", "qcow2", "store")
+    command += _disk("seed.tar", "raw", "seed,readonly=on")
+    forward = f"user,id=net,hostfwd=tcp:127.0.0.1:{spec.ssh_port}-:22"
+    command += ["-netdev", forward, "-device", "virtio-net-pci,netdev=net,romfile="]
+    command += ["-serial", "file:console.log", "-qmp", "unix:qmp.sock,server=on,wait=off", "-monitor", "none"]
+    return command
+
+
+def _disk(file: str, form: str, serial: str) -> list[str]:
+    name, _, options = serial.partition(",")
+    drive = f"file={file},format={form},if=none,id={name},cache=unsafe,discard=unmap"
+    return ["-drive", f"{drive},{options}".rstrip(","), "-device", f"virtio-blk-pci,drive={name},serial={name}"]
+
+
+def _gone(pid: int, timeout: float) -> bool:
+    """Wait until the process is gone, at most *timeout* seconds; tell whether it is."""
+    deadline = time.monotonic() + timeout
+    while Path(f"/proc/{pid}").exists():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _qemu_img(arguments: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(["qemu-img", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise TestbedError("qemu-img is not installed: run `make lab`, or apt install qemu-utils") from error
+    if done.returncode != 0:
+        raise TestbedError(f"qemu-img {arguments[0]} failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}")

@@ -1,0 +1,268 @@
+"""The C data plane, as Python sees it.
+
+C takes the messages off the links and answers the hot ones; Python threads take the cold ones from it (server.py). One
+DataPlane serves one export to one peer, over any number of rings, or over one byte stream.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from xen9p._dataplane import ffi, lib
+from xen9p.codec import Qid
+from xen9p.errors import Xen9pError
+
+MAX_MSIZE = 1 << 20
+"""Largest message in bytes that a stream may agree on; a ring clamps it to half of its half."""
+_QID = struct.Struct("<BIQ")
+
+
+class Verdict(IntEnum):
+    """Why serving ended."""
+
+    STOPPED = lib.X9_STOPPED
+    HANGUP = lib.X9_HANGUP
+    PROTOCOL = lib.X9_PROTOCOL
+    SYSTEM = lib.X9_SYSTEM
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one peer may hold at once. Counts, but for spin_us (microseconds of looking before sleeping)."""
+
+    max_fids: int = 65536
+    max_queued: int = 64
+    pool_threads: int = 4
+    python_threads: int = 2
+    spin_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A cold message that Python owes a reply."""
+
+    tag: int
+    type: int
+    raw: bytes
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Fid:
+    """A fid while it is held: path_fd is a descriptor of the file, uid the caller's on the guest."""
+
+    num: int
+    path_fd: int
+    is_open: bool
+    uid: int
+    format: int
+
+
+Serve = Callable[["DataPlane", Request], None]
+"""Answers one cold request, by DataPlane.reply or DataPlane.reply_errno, exactly once."""
+
+
+class DataPlane:
+    """Serves the directory behind root_fd, which it owns, until stopped or the peer goes.
+
+    Raises:
+        Xen9pError: out of memory, or root_fd is not usable.
+    """
+
+    def __init__(self, root_fd: int, readonly: bool, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.readonly = readonly
+        self.root_fd = root_fd
+        config = ffi.new(
+            "x9_config *",
+            {
+                "root_fd": root_fd,
+                "readonly": readonly,
+                "max_msize": MAX_MSIZE,
+                "max_fids": self.limits.max_fids,
+                "max_queued": self.limits.max_queued,
+                "pool_threads": self.limits.pool_threads,
+                "spin_us": self.limits.spin_us,
+            },
+        )
+        self._dev = lib.x9_dev_new(config)
+        if self._dev == ffi.NULL:
+            raise Xen9pError("cannot make a device", hint="out of memory or file descriptors")
+        self._keep: list[Any] = []
+
+    def close(self) -> None:
+        """Frees everything; only after run() has returned."""
+        if self._dev is not None:
+            lib.x9_dev_free(self._dev)
+            self._dev = None
+            self._keep.clear()
+            os.close(self.root_fd)
+
+    # Links.
+
+    def add_stream(self, stream: socket.socket) -> None:
+        """Serves a connected SOCK_STREAM socket, Unix or TCP."""
+        self._keep.append(stream)
+        self._check(lib.x9_dev_add_stream(self._dev, stream.fileno()))
+
+    def add_memory_ring(self, page: Any, data: Any, order: int, wait_fd: int, notify_fd: int) -> None:
+        """Serves a ring in memory (transport.memory); page and data are writable buffers."""
+        page, data = ffi.from_buffer(page, require_writable=True), ffi.from_buffer(data, require_writable=True)
+        self._keep += [page, data]
+        page, data = ffi.cast("uint8_t *", page), ffi.cast("uint8_t *", data)
+        self._check(lib.x9_dev_add_memory_ring(self._dev, page, data, order, wait_fd, notify_fd))
+
+    def add_xen_ring(self, domid: int, ref: int, port: int) -> None:
+        """Maps the ring that guest domid granted with ref, and binds its event channel.
+
+        Raises:
+            Xen9pError: with errno EPROTO where the guest is to blame.
+        """
+        self._check(lib.x9_dev_add_xen_ring(self._dev, domid, ref, port))
+
+    def _check(self, err: int) -> None:
+        if err:
+            raise Xen9pError(self.reason or os.strerror(err), errno=err)
+
+    # Serving.
+
+    def run(self, serve: Serve) -> Verdict:
+        """Serves in this thread and a few of its own until the device ends."""
+        threads = [
+            threading.Thread(target=self._serve_cold, args=(serve,), name=f"cold-{i}", daemon=True)
+            for i in range(self.limits.python_threads)
+        ]
+        for thread in threads:
+            thread.start()
+        verdict = Verdict(lib.x9_dev_run(self._dev))
+        for thread in threads:
+            thread.join()
+        return verdict
+
+    def _serve_cold(self, serve: Serve) -> None:
+        while (handle := lib.x9_next_cold(self._dev)) != ffi.NULL:
+            raw = bytes(ffi.buffer(handle.msg, handle.size))
+            serve(self, Request(handle.tag, handle.type, raw, handle))
+
+    def stop(self) -> None:
+        """Makes run() return STOPPED; callable from any thread."""
+        lib.x9_dev_stop(self._dev)
+
+    def fail(self, reason: str) -> None:
+        """Makes run() return PROTOCOL: the peer broke the rules."""
+        lib.x9_dev_fail(self._dev, reason.encode())
+
+    def reply(self, request: Request, message: bytes) -> None:
+        """Sends the reply of a cold request; ends the request."""
+        lib.x9_reply(self._dev, request.handle, message, len(message))
+
+    def reply_errno(self, request: Request, err: int) -> None:
+        """Sends Rlerror for a cold request; ends the request."""
+        lib.x9_reply_errno(self._dev, request.handle, err)
+
+    # Files.
+
+    @contextmanager
+    def fid(self, num: int) -> Iterator[Fid]:
+        """Holds a fid: no Tclunk closes its descriptor meanwhile.
+
+        Raises:
+            OSError: EBADF, there is no such fid.
+        """
+        ref = lib.x9_fid_get(self._dev, num)
+        if ref == ffi.NULL:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        try:
+            yield Fid(num, ref.path_fd, ref.io_fd >= 0, ref.uid, ref.format)
+        finally:
+            lib.x9_fid_put(ref)
+
+    def attach(self, num: int, uid: int) -> None:
+        """Makes num a fid of the export's root for the guest's uid."""
+        _raise(lib.x9_fid_attach(self._dev, num, uid))
+
+    def clunk(self, num: int) -> None:
+        """Gives a fid back. Raises OSError, EBADF."""
+        _raise(lib.x9_fid_clunk(self._dev, num))
+
+    def qid(self, fd: int) -> Qid:
+        """The qid of the file behind a descriptor."""
+        raw = ffi.new("uint8_t[13]")
+        _raise(lib.x9_qid(self._dev, fd, raw))
+        return Qid(*_QID.unpack(bytes(raw)))
+
+    @contextmanager
+    def located(self, fd: int) -> Iterator[tuple[int, bytes]]:
+        """A file's directory (an O_PATH descriptor) and its name there, checked to lead to this very file.
+
+        Raises:
+            OSError: ESTALE, it has no name any more; EBUSY, it is the export's root.
+        """
+        name = ffi.new("char[256]")
+        directory = lib.x9_locate(self._dev, fd, name)
+        _raise(-directory if directory < 0 else 0)
+        try:
+            yield directory, ffi.string(name)
+        finally:
+            os.close(directory)
+
+    # To be seen.
+
+    @property
+    def reason(self) -> str:
+        """Why the device ended, or could not start."""
+        return str(ffi.string(lib.x9_dev_reason(self._dev)).decode(errors="replace"))
+
+    @property
+    def order(self) -> int:
+        """Ring order: each ring has 2^order data pages."""
+        return int(lib.x9_dev_order(self._dev))
+
+    def stats(self) -> Mapping[str, int]:
+        """Counters since the start: requests, read_bytes, written_bytes, errors; and now: fids, in_flight."""
+        out = self._stats()
+        names = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight")
+        return {name: int(getattr(out, name)) for name in names}
+
+    def stats_by_type(self) -> Mapping[int, int]:
+        """How many messages of each type have come."""
+        return {kind: int(count) for kind, count in enumerate(self._stats().by_type) if count}
+
+    def _stats(self) -> Any:
+        out = ffi.new("x9_stats *")
+        lib.x9_dev_stats(self._dev, out)
+        return out
+
+
+def link_fd(fd: int, directory: int, name: bytes) -> None:
+    """linkat(2) of an open file (AT_EMPTY_PATH, needs CAP_DAC_READ_SEARCH)."""
+    _raise(lib.x9_link_fd(fd, directory, name))
+
+
+@contextmanager
+def identity(uid: int, gid: int) -> Iterator[None]:
+    """Files made in this thread belong to uid and gid (setfsuid(2), setfsgid(2))."""
+    lib.x9_identity(uid, gid)
+    try:
+        yield
+    finally:
+        lib.x9_identity(0, 0)
+
+
+def keep_capabilities() -> None:
+    """Lets identity() change owners only: the worker's rights stay. Call before any thread starts."""
+    _raise(lib.x9_keep_capabilities())
+
+
+def _raise(err: int) -> None:
+    if err:
+        raise OSError(err, os.strerror(err))

@@ -1,0 +1,67 @@
+/* What Python sees of the data plane. Read by cffi and by the C compiler alike: keep it to plain declarations. */
+
+typedef struct x9_dev x9_dev;
+typedef struct x9_front x9_front;
+
+typedef struct x9_req x9_req; /* a cold message; Python's from x9_next_cold until x9_reply* */
+typedef struct x9_fid x9_fid; /* a reference, from x9_fid_get until x9_fid_put */
+
+typedef struct x9_stats {
+    uint64_t requests;
+    uint64_t read_bytes;
+    uint64_t written_bytes;
+    uint64_t errors;
+    uint64_t fids;
+    uint64_t in_flight;
+    uint64_t by_type[128];
+} x9_stats;
+
+typedef struct x9_config {
+    int root_fd;         /* directory descriptor of the export; borrowed, stays open while the device lives */
+    int readonly;
+    uint32_t max_msize;  /* bytes */
+    uint32_t max_fids;
+    uint32_t max_queued; /* requests waiting for or held by the pool and Python together */
+    uint32_t pool_threads;
+    uint32_t spin_us;    /* how long to look for work before sleeping */
+} x9_config;
+
+/* Why x9_dev_run came back. */
+#define X9_STOPPED 0  /* x9_dev_stop */
+#define X9_HANGUP 1   /* the peer of a stream closed it */
+#define X9_PROTOCOL 2 /* the peer broke the protocol; x9_dev_reason says how */
+#define X9_SYSTEM 3   /* a system call failed; x9_dev_reason says which */
+
+x9_dev *x9_dev_new(const x9_config *config);
+void x9_dev_free(x9_dev *dev);
+int x9_dev_add_stream(x9_dev *dev, int fd);
+int x9_dev_add_memory_ring(x9_dev *dev, uint8_t *page, uint8_t *data, uint32_t order, int wait_fd, int notify_fd);
+int x9_dev_add_xen_ring(x9_dev *dev, uint32_t domid, uint32_t ref, uint32_t port);
+uint32_t x9_dev_order(x9_dev *dev);
+int x9_dev_run(x9_dev *dev);
+void x9_dev_stop(x9_dev *dev);
+void x9_dev_fail(x9_dev *dev, const char *reason);
+const char *x9_dev_reason(x9_dev *dev);
+void x9_dev_stats(x9_dev *dev, x9_stats *out);
+uint32_t x9_dev_msize(x9_dev *dev);
+
+x9_req *x9_next_cold(x9_dev *dev);
+void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len);
+void x9_reply_errno(x9_dev *dev, x9_req *req, uint32_t err);
+
+x9_fid *x9_fid_get(x9_dev *dev, uint32_t num);
+void x9_fid_put(x9_fid *fid);
+int x9_fid_attach(x9_dev *dev, uint32_t num, uint32_t uid);
+int x9_fid_clunk(x9_dev *dev, uint32_t num);
+int x9_qid(x9_dev *dev, int fd, uint8_t *qid13);
+int x9_link_fd(int fd, int dir_fd, const char *name);
+int x9_locate(x9_dev *dev, int fd, char *name256);
+void x9_identity(uint32_t uid, uint32_t gid);
+int x9_keep_capabilities(void);
+
+x9_front *x9_front_new(uint8_t *page, uint8_t *data, uint32_t order, int wait_fd, int notify_fd);
+void x9_front_free(x9_front *front);
+int x9_front_send(x9_front *front, const uint8_t *msg, uint32_t len, int timeout_ms);
+int64_t x9_front_recv(x9_front *front, uint8_t *buf, uint32_t cap, int timeout_ms);
+
+uint64_t x9_ring_data_bytes(uint32_t order);

@@ -1,0 +1,799 @@
+/* A device: its links to the peer, the reader that takes messages off them, and the pool that does what may block.
+ *
+ * The reader answers at once what needs no waiting (page cache, dentry cache); everything else goes to a few pool
+ * threads or, for cold messages, to Python. So a slow request holds up nobody, and replies leave in any order. */
+#include "x9.h"
+
+#include <poll.h>
+#include <stdarg.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#define POOL_STACK (256u * 1024)
+#define TAKE_BUDGET 64 /* messages of one ring before the next ring has its turn */
+
+/* --- verdict, statistics --- */
+
+bool dev_stopping(struct x9_dev *dev) { return __atomic_load_n(&dev->stop, __ATOMIC_ACQUIRE); }
+
+static void wake(int fd)
+{
+    uint64_t one = 1;
+
+    (void)!write(fd, &one, sizeof one);
+}
+
+static void finish(struct x9_dev *dev, int verdict, const char *format, ...)
+{
+    va_list args;
+
+    pthread_mutex_lock(&dev->lock);
+    if (!dev->stop) { /* the first reason is the reason */
+        dev->verdict = verdict;
+        va_start(args, format);
+        vsnprintf(dev->reason, sizeof dev->reason, format, args);
+        va_end(args);
+    }
+    __atomic_store_n(&dev->stop, true, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&dev->pool.more);
+    pthread_cond_broadcast(&dev->cold.more);
+    pthread_cond_broadcast(&dev->idle);
+    pthread_cond_broadcast(&dev->room);
+    pthread_mutex_unlock(&dev->lock);
+    wake(dev->stop_fd);
+}
+
+void x9_dev_stop(x9_dev *dev) { finish(dev, X9_STOPPED, "stopped"); }
+void x9_dev_fail(x9_dev *dev, const char *reason) { finish(dev, X9_PROTOCOL, "%s", reason); }
+const char *x9_dev_reason(x9_dev *dev) { return dev->reason; }
+uint32_t x9_dev_order(x9_dev *dev) { return dev->order; }
+uint32_t x9_dev_msize(x9_dev *dev) { return dev->msize; }
+
+static void add(uint64_t *counter, uint64_t n) { __atomic_add_fetch(counter, n, __ATOMIC_RELAXED); }
+
+void dev_count_io(struct x9_dev *dev, uint64_t read, uint64_t written)
+{
+    if (read)
+        add(&dev->read_bytes, read);
+    if (written)
+        add(&dev->written_bytes, written);
+}
+
+void x9_dev_stats(x9_dev *dev, x9_stats *out)
+{
+    out->requests = __atomic_load_n(&dev->requests, __ATOMIC_RELAXED);
+    out->read_bytes = __atomic_load_n(&dev->read_bytes, __ATOMIC_RELAXED);
+    out->written_bytes = __atomic_load_n(&dev->written_bytes, __ATOMIC_RELAXED);
+    out->errors = __atomic_load_n(&dev->errors, __ATOMIC_RELAXED);
+    for (int i = 0; i < 128; i++)
+        out->by_type[i] = __atomic_load_n(&dev->by_type[i], __ATOMIC_RELAXED);
+    pthread_mutex_lock(&dev->fids.lock);
+    out->fids = dev->fids.count;
+    pthread_mutex_unlock(&dev->fids.lock);
+    pthread_mutex_lock(&dev->lock);
+    out->in_flight = dev->nlive;
+    pthread_mutex_unlock(&dev->lock);
+}
+
+/* --- sending --- */
+
+void link_notify(struct x9_link *link)
+{
+    if (link->kind == X9_XEN)
+        xen_notify(link);
+    else if (link->kind == X9_MEMORY)
+        wake(link->notify_fd);
+}
+
+static int out_of_range(struct x9_link *link)
+{
+    finish(link->dev, X9_PROTOCOL, "a ring index of the peer is out of range");
+    return EPROTO;
+}
+
+static void deadline_in(struct timespec *at, long ms)
+{
+    clock_gettime(CLOCK_MONOTONIC, at);
+    at->tv_nsec += ms * 1000000;
+    at->tv_sec += at->tv_nsec / 1000000000;
+    at->tv_nsec %= 1000000000;
+}
+
+static int wait_for_events(struct x9_dev *dev, int timeout_ms);
+
+static uint64_t signs(struct x9_dev *dev) { return __atomic_load_n(&dev->signs, __ATOMIC_ACQUIRE); }
+
+/* Called with dev->lock held. */
+static void pass_sign_on(struct x9_dev *dev)
+{
+    __atomic_add_fetch(&dev->signs, 1, __ATOMIC_RELEASE);
+    if (dev->room_waiters)
+        pthread_cond_broadcast(&dev->room);
+}
+
+/* Waits, on the reader, until the ring has room for len bytes; called with tx_lock held. A peer that never reads its
+ * replies stops its own device here, and no other. Returns 0, or an errno when the device is ending. */
+int link_wait_room(struct x9_link *link, uint32_t len)
+{
+    for (;;) {
+        int64_t room = ring_writable(&link->ring);
+
+        if (room < 0)
+            return out_of_range(link);
+        if (room >= len)
+            return 0;
+        if (dev_stopping(link->dev))
+            return ECANCELED;
+        wait_for_events(link->dev, 100);
+    }
+}
+
+/* The same on another thread: takes tx_lock, and never waits with it, for only the reader hears the peer's events.
+ * Returns 0 with tx_lock held, or an errno without. */
+static int lock_with_room(struct x9_link *link, uint32_t len)
+{
+    struct x9_dev *dev = link->dev;
+    struct timespec until;
+
+    for (;;) {
+        uint64_t before = signs(dev);
+        pthread_mutex_lock(&link->tx_lock);
+        int64_t room = ring_writable(&link->ring);
+        if (room >= len)
+            return 0;
+        pthread_mutex_unlock(&link->tx_lock);
+        if (room < 0)
+            return out_of_range(link);
+        if (dev_stopping(dev))
+            return ECANCELED;
+        deadline_in(&until, 100);
+        pthread_mutex_lock(&dev->lock);
+        dev->room_waiters++;
+        if (!dev->stop && dev->signs == before)
+            pthread_cond_timedwait(&dev->room, &dev->lock, &until);
+        dev->room_waiters--;
+        pthread_mutex_unlock(&dev->lock);
+    }
+}
+
+static int stream_send(struct x9_link *link, const uint8_t *msg, uint32_t len)
+{
+    while (len) {
+        ssize_t n = send(link->wait_fd, msg, len, MSG_NOSIGNAL);
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0) {
+            finish(link->dev, X9_HANGUP, "the peer closed the connection");
+            return EPIPE;
+        }
+        msg += n, len -= (uint32_t)n;
+    }
+    return 0;
+}
+
+static int link_send(struct x9_link *link, const uint8_t *msg, uint32_t len, bool reader)
+{
+    int err;
+
+    if (reader || link->kind == X9_STREAM)
+        pthread_mutex_lock(&link->tx_lock);
+    else if ((err = lock_with_room(link, len)))
+        return err;
+    if (link->kind == X9_STREAM) {
+        err = stream_send(link, msg, len);
+    } else if (!(err = reader ? link_wait_room(link, len) : 0)) {
+        ring_poke(&link->ring, 0, msg, len);
+        ring_publish(&link->ring, len);
+    }
+    pthread_mutex_unlock(&link->tx_lock);
+    if (!err)
+        link_notify(link);
+    return err;
+}
+
+static void mark_replying(struct x9_dev *dev, struct x9_req *req)
+{
+    pthread_mutex_lock(&dev->lock);
+    req->replying = true;
+    pthread_mutex_unlock(&dev->lock);
+}
+
+void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len)
+{
+    if (call->req)
+        mark_replying(call->dev, call->req);
+    link_send(call->link, msg, len, !call->req);
+}
+
+static void encode_errno(struct x9_dev *dev, uint8_t msg[11], uint16_t tag, uint32_t err)
+{
+    add(&dev->errors, 1);
+    put_header(msg, 11, P9_RLERROR, tag);
+    put32(msg + X9_HEADER, err);
+}
+
+/* --- requests in flight --- */
+
+static void push(struct x9_queue *queue, struct x9_req *req)
+{
+    req->next = NULL;
+    *queue->tail = req;
+    queue->tail = &req->next;
+    pthread_cond_signal(&queue->more);
+}
+
+static struct x9_req *pop(struct x9_queue *queue)
+{
+    struct x9_req *req = queue->head;
+
+    if (req && !(queue->head = req->next))
+        queue->tail = &queue->head;
+    return req;
+}
+
+static bool unqueue(struct x9_queue *queue, struct x9_req *req)
+{
+    for (struct x9_req **at = &queue->head; *at; at = &(*at)->next)
+        if (*at == req) {
+            if (!(*at = req->next))
+                queue->tail = at;
+            return true;
+        }
+    return false;
+}
+
+/* The request that a tag means: one whose reply is leaving only if there is no other. */
+static struct x9_req *find_live(struct x9_dev *dev, uint16_t tag)
+{
+    struct x9_req *leaving = NULL;
+
+    for (struct x9_req *req = dev->live; req; req = req->next_live)
+        if (req->tag == tag) {
+            if (!req->replying)
+                return req;
+            leaving = req;
+        }
+    return leaving;
+}
+
+static void req_free(struct x9_req *req)
+{
+    free(req->flushes);
+    free(req->msg);
+    free(req);
+}
+
+static void unlive(struct x9_dev *dev, struct x9_req *req)
+{
+    struct x9_req **at = &dev->live;
+
+    while (*at != req)
+        at = &(*at)->next_live;
+    *at = req->next_live;
+    dev->nlive--;
+    pthread_cond_broadcast(&dev->idle);
+}
+
+/* The reply is out: forget the request and answer the Tflush requests that waited for it. */
+static void req_done(struct x9_dev *dev, struct x9_req *req)
+{
+    uint8_t msg[X9_HEADER];
+
+    pthread_mutex_lock(&dev->lock);
+    unlive(dev, req);
+    pthread_mutex_unlock(&dev->lock);
+    for (uint32_t i = 0; i < req->nflushes; i++) {
+        put_header(msg, sizeof msg, P9_TFLUSH + 1, req->flushes[i]);
+        link_send(req->link, msg, sizeof msg, false);
+    }
+    req_free(req);
+}
+
+/* Waits for every request in flight to end (Tversion). Returns 0, or an errno when the device is ending. */
+int dev_drain(struct x9_dev *dev)
+{
+    struct timespec until;
+    bool busy;
+
+    do {
+        pthread_mutex_lock(&dev->lock);
+        if (dev->nlive && !dev->stop) {
+            deadline_in(&until, 20);
+            pthread_cond_timedwait(&dev->idle, &dev->lock, &until);
+        }
+        busy = dev->nlive && !dev->stop;
+        pass_sign_on(dev); /* the reader is here and not at its events: let the others look */
+        pthread_mutex_unlock(&dev->lock);
+    } while (busy);
+    return dev_stopping(dev) ? ECANCELED : 0;
+}
+
+/* --- the pool --- */
+
+static void answer(struct x9_call *call, int result)
+{
+    struct x9_dev *dev = call->dev;
+
+    if (result > 0) {
+        call->out_len = 11;
+        encode_errno(dev, call->out, call->tag, (uint32_t)result);
+    }
+    if (result >= 0)
+        call_send(call, call->out, call->out_len);
+    else if (result == X9_MALFORMED)
+        finish(dev, X9_PROTOCOL, "message of type %u with tag %u does not parse", call->type, call->tag);
+}
+
+static void *pool_thread(void *arg)
+{
+    struct x9_dev *dev = arg;
+    struct x9_call *call = calloc(1, sizeof *call);
+
+    pthread_mutex_lock(&dev->lock);
+    while (call && !dev->stop) {
+        struct x9_req *req = pop(&dev->pool);
+        if (!req) {
+            dev->nidle++;
+            pthread_cond_wait(&dev->pool.more, &dev->lock);
+            dev->nidle--;
+            continue;
+        }
+        req->running = true;
+        pthread_mutex_unlock(&dev->lock);
+        call->dev = dev, call->link = req->link, call->msg = req->msg, call->size = req->size;
+        call->tag = req->tag, call->type = req->type, call->may_block = true;
+        call->req = req;
+        answer(call, fs_handle(call));
+        req_done(dev, req);
+        pthread_mutex_lock(&dev->lock);
+    }
+    pthread_mutex_unlock(&dev->lock);
+    if (call)
+        free(call->big);
+    free(call);
+    return NULL;
+}
+
+/* Called with dev->lock held. */
+static void grow_pool(struct x9_dev *dev)
+{
+    pthread_attr_t attr;
+
+    if (dev->nidle || dev->npool >= dev->config.pool_threads)
+        return;
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, POOL_STACK);
+    if (!pthread_create(&dev->threads[dev->npool], &attr, pool_thread, dev))
+        dev->npool++;
+    pthread_attr_destroy(&attr);
+}
+
+/* Queues a private copy of the message. Returns an errno for the guest, or X9_DONE. */
+static int later(struct x9_call *call, bool cold)
+{
+    struct x9_dev *dev = call->dev;
+    struct x9_req *req = calloc(1, sizeof *req);
+
+    if (!req || !(req->msg = malloc(call->size))) {
+        free(req);
+        return ENOMEM;
+    }
+    memcpy(req->msg, call->msg, call->data_in_ring ? X9_WRITE_HEADER : call->size);
+    if (call->data_in_ring)
+        ring_peek(&call->link->ring, X9_WRITE_HEADER, req->msg + X9_WRITE_HEADER, call->size - X9_WRITE_HEADER);
+    req->tag = call->tag, req->type = call->type, req->size = call->size, req->link = call->link;
+    pthread_mutex_lock(&dev->lock);
+    /* Backpressure: the messages stay in the ring. */
+    while (dev->nlive >= dev->config.max_queued && !dev->stop) {
+        struct timespec until;
+        deadline_in(&until, 20);
+        pthread_cond_timedwait(&dev->idle, &dev->lock, &until);
+        pass_sign_on(dev);
+    }
+    req->next_live = dev->live;
+    dev->live = req;
+    dev->nlive++;
+    if (!cold)
+        grow_pool(dev);
+    push(cold ? &dev->cold : &dev->pool, req);
+    pthread_mutex_unlock(&dev->lock);
+    return X9_DONE;
+}
+
+/* --- for Python's threads --- */
+
+/* Blocks for the next cold message; NULL when the device is ending. */
+x9_req *x9_next_cold(x9_dev *dev)
+{
+    struct x9_req *req = NULL;
+
+    pthread_mutex_lock(&dev->lock);
+    while (!dev->stop && !(req = pop(&dev->cold)))
+        pthread_cond_wait(&dev->cold.more, &dev->lock);
+    if (req)
+        req->running = true;
+    pthread_mutex_unlock(&dev->lock);
+    return req;
+}
+
+void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len)
+{
+    mark_replying(dev, req);
+    link_send(req->link, msg, len, false);
+    req_done(dev, req);
+}
+
+void x9_reply_errno(x9_dev *dev, x9_req *req, uint32_t err)
+{
+    uint8_t msg[11];
+
+    encode_errno(dev, msg, req->tag, err);
+    x9_reply(dev, req, msg, sizeof msg);
+}
+
+x9_fid *x9_fid_get(x9_dev *dev, uint32_t num) { return fids_get(&dev->fids, num); }
+void x9_fid_put(x9_fid *fid) { fid_put(fid); }
+int x9_fid_clunk(x9_dev *dev, uint32_t num) { return fids_drop(&dev->fids, num); }
+
+/* Makes num a fid of the export's root. Returns 0 or an errno. */
+int x9_fid_attach(x9_dev *dev, uint32_t num, uint32_t uid)
+{
+    int fd = dup(dev->config.root_fd);
+
+    if (fd < 0)
+        return errno;
+    struct x9_fid *fid = fid_new(num, fd, S_IFDIR, uid);
+    return fid ? fids_add(&dev->fids, fid) : ENOMEM;
+}
+
+/* --- Tflush --- */
+
+/* Returns an errno for the guest, 0 (reply in out), or X9_*. */
+static int flush(struct x9_call *call)
+{
+    struct x9_dev *dev = call->dev;
+    int result = 0;
+
+    if (call->size != X9_HEADER + 2)
+        return X9_MALFORMED;
+    uint16_t old = get16(call->msg + X9_HEADER);
+    struct x9_req *gone = NULL;
+    pthread_mutex_lock(&dev->lock);
+    struct x9_req *req = find_live(dev, old);
+    if (req && !req->running) {
+        unqueue(fs_is_cold(req->type) ? &dev->cold : &dev->pool, req);
+        unlive(dev, req);
+        gone = req;
+    } else if (req) {
+        /* It runs: its own reply first, then Rflush. */
+        uint16_t *more = realloc(req->flushes, (req->nflushes + 1) * sizeof *more);
+        result = more && req->nflushes < dev->config.max_queued ? X9_DONE : ENOMEM;
+        if (more)
+            req->flushes = more;
+        if (result == X9_DONE)
+            more[req->nflushes++] = call->tag;
+    }
+    pthread_mutex_unlock(&dev->lock);
+    if (gone)
+        req_free(gone);
+    put_header(call->out, X9_HEADER, P9_TFLUSH + 1, call->tag);
+    call->out_len = X9_HEADER;
+    return result;
+}
+
+/* --- the reader --- */
+
+/* Handles one message. For a Twrite in the ring, msg is just the header. */
+static void handle(struct x9_call *call)
+{
+    struct x9_dev *dev = call->dev;
+    int result;
+
+    call->type = call->msg[4];
+    call->tag = get16(call->msg + 5);
+    add(&dev->requests, 1);
+    if (call->type < 128)
+        add(&dev->by_type[call->type], 1);
+    if (call->type < 128 && (call->type & 1)) {
+        finish(dev, X9_PROTOCOL, "message of type %u is a reply, sent to the server", call->type);
+        return;
+    }
+    if (__atomic_load_n(&dev->live, __ATOMIC_RELAXED)) {
+        pthread_mutex_lock(&dev->lock);
+        struct x9_req *other = find_live(dev, call->tag);
+        bool twice = other && !other->replying;
+        pthread_mutex_unlock(&dev->lock);
+        if (twice) {
+            finish(dev, X9_PROTOCOL, "tag %u is in use already", call->tag);
+            return;
+        }
+    }
+    if (!fs_is_known(call->type))
+        result = EOPNOTSUPP;
+    else if (!dev->msize && call->type != P9_TVERSION)
+        result = EPROTO; /* no session yet */
+    else if (dev->config.readonly && fs_mutates(call->type))
+        result = EROFS;
+    else if (fs_is_cold(call->type))
+        result = later(call, true);
+    else if (call->type == P9_TFLUSH)
+        result = flush(call);
+    else if (fs_wants_pool(call->type))
+        result = later(call, false);
+    else if ((result = fs_handle(call)) == X9_LATER)
+        result = later(call, false);
+    answer(call, result);
+}
+
+static uint32_t size_limit(const struct x9_dev *dev) { return dev->msize ? dev->msize : X9_MIN_MSIZE; }
+
+/* Takes at most a budget of messages off a ring. Returns how many. */
+static int serve_ring(struct x9_link *link, struct x9_call *call)
+{
+    struct x9_dev *dev = link->dev;
+    struct x9_ring *ring = &link->ring;
+    int taken = 0;
+
+    for (; taken < TAKE_BUDGET && !dev_stopping(dev); taken++) {
+        int64_t have = ring_readable(ring);
+        if (have < 0) {
+            out_of_range(link);
+            break;
+        }
+        if (have < X9_HEADER)
+            break;
+        ring_peek(ring, 0, dev->buf, X9_HEADER);
+        uint32_t size = get32(dev->buf);
+        if (size < X9_HEADER || size > size_limit(dev)) {
+            finish(dev, X9_PROTOCOL, "message size %u is not between %u and %u", size, X9_HEADER, size_limit(dev));
+            break;
+        }
+        if (have < size)
+            break; /* the rest is still being written */
+        call->link = link, call->msg = dev->buf, call->size = size;
+        call->data_in_ring = dev->buf[4] == P9_TWRITE && size >= X9_WRITE_HEADER;
+        ring_peek(ring, X9_HEADER, dev->buf + X9_HEADER, (call->data_in_ring ? X9_WRITE_HEADER : size) - X9_HEADER);
+        if (!call->data_in_ring)
+            ring_consume(ring, size); /* before the reply: the peer may be waiting for room */
+        handle(call);
+        if (call->data_in_ring) {
+            ring_consume(ring, size);
+            link_notify(link);
+        }
+    }
+    return taken;
+}
+
+static int serve_stream(struct x9_link *link, struct x9_call *call)
+{
+    struct x9_dev *dev = link->dev;
+    uint32_t have = link->stream_have, at = 0;
+    ssize_t n = recv(link->wait_fd, link->stream_buf + have, dev->config.max_msize - have, MSG_DONTWAIT);
+    int taken = 0;
+
+    if (n <= 0) {
+        if (!n || (errno != EAGAIN && errno != EINTR))
+            finish(dev, X9_HANGUP, "the peer closed the connection");
+        return 0;
+    }
+    have += (uint32_t)n;
+    while (have - at >= X9_HEADER && !dev_stopping(dev)) {
+        uint32_t size = get32(link->stream_buf + at);
+        if (size < X9_HEADER || size > size_limit(dev)) {
+            finish(dev, X9_PROTOCOL, "message size %u is not between %u and %u", size, X9_HEADER, size_limit(dev));
+            break;
+        }
+        if (have - at < size)
+            break;
+        call->link = link, call->msg = link->stream_buf + at, call->size = size, call->data_in_ring = false;
+        handle(call);
+        at += size, taken++;
+    }
+    memmove(link->stream_buf, link->stream_buf + at, have - at);
+    link->stream_have = have - at;
+    return taken ? taken : 1;
+}
+
+static int wait_for_events(struct x9_dev *dev, int timeout_ms)
+{
+    struct pollfd fds[X9_MAX_RINGS + 1];
+    nfds_t n = 0;
+    int err = 0;
+
+    fds[n++] = (struct pollfd){dev->stop_fd, POLLIN, 0};
+    if (dev->evt_fd >= 0)
+        fds[n++] = (struct pollfd){dev->evt_fd, POLLIN, 0};
+    for (uint32_t i = 0; i < dev->nlinks; i++)
+        if (dev->links[i]->kind != X9_XEN)
+            fds[n++] = (struct pollfd){dev->links[i]->wait_fd, POLLIN, 0};
+    if (poll(fds, n, timeout_ms) < 0 && errno != EINTR)
+        return errno;
+    if (dev->evt_fd >= 0 && fds[1].revents)
+        err = xen_acknowledge(dev);
+    for (uint32_t i = 0; i < dev->nlinks; i++)
+        if (dev->links[i]->kind == X9_MEMORY) {
+            uint64_t count;
+            (void)!read(dev->links[i]->wait_fd, &count, sizeof count);
+        }
+    pthread_mutex_lock(&dev->lock);
+    pass_sign_on(dev);
+    pthread_mutex_unlock(&dev->lock);
+    return err;
+}
+
+static uint64_t now_us(void)
+{
+    struct timespec at;
+
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return (uint64_t)at.tv_sec * 1000000 + (uint64_t)at.tv_nsec / 1000;
+}
+
+/* Serves until the device ends; call it without the GIL. Returns X9_STOPPED, X9_HANGUP, X9_PROTOCOL or X9_SYSTEM. */
+int x9_dev_run(x9_dev *dev)
+{
+    struct x9_call *call = calloc(1, sizeof *call);
+    uint64_t idle_since = 0;
+
+    if (!call)
+        finish(dev, X9_SYSTEM, "out of memory");
+    else
+        call->dev = dev;
+    while (!dev_stopping(dev)) {
+        int taken = 0;
+
+        for (uint32_t i = 0; i < dev->nlinks; i++) {
+            struct x9_link *link = dev->links[i];
+            taken += link->kind == X9_STREAM ? serve_stream(link, call) : serve_ring(link, call);
+        }
+        if (taken) {
+            idle_since = 0;
+            if (__atomic_load_n(&dev->room_waiters, __ATOMIC_RELAXED))
+                wait_for_events(dev, 0);
+            continue;
+        }
+        if (dev->config.spin_us) {
+            uint64_t now = now_us();
+            if (!idle_since)
+                idle_since = now;
+            if (now - idle_since < dev->config.spin_us)
+                continue;
+        }
+        int err = wait_for_events(dev, -1);
+        if (err)
+            finish(dev, X9_SYSTEM, "waiting for events: %s", strerror(err));
+        idle_since = 0;
+    }
+    for (uint32_t i = 0; i < dev->npool; i++)
+        pthread_join(dev->threads[i], NULL);
+    dev->npool = 0;
+    if (call)
+        free(call->big);
+    free(call);
+    return dev->verdict;
+}
+
+/* --- making and ending --- */
+
+x9_dev *x9_dev_new(const x9_config *config)
+{
+    pthread_condattr_t clock;
+    struct stat st;
+    struct x9_dev *dev = calloc(1, sizeof *dev);
+
+    if (!dev)
+        return NULL;
+    dev->config = *config;
+    if (dev->config.pool_threads > sizeof dev->threads / sizeof *dev->threads)
+        dev->config.pool_threads = sizeof dev->threads / sizeof *dev->threads;
+    dev->gnt_fd = dev->evt_fd = -1;
+    dev->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    dev->buf = malloc(config->max_msize);
+    pthread_mutex_init(&dev->lock, NULL);
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&dev->pool.more, &clock);
+    pthread_cond_init(&dev->cold.more, &clock);
+    pthread_cond_init(&dev->idle, &clock);
+    pthread_cond_init(&dev->room, &clock);
+    pthread_condattr_destroy(&clock);
+    dev->pool.tail = &dev->pool.head;
+    dev->cold.tail = &dev->cold.head;
+    if (dev->stop_fd < 0 || !dev->buf || fids_init(&dev->fids, config->max_fids) || fstat(config->root_fd, &st)) {
+        x9_dev_free(dev);
+        return NULL;
+    }
+    dev->root_dev = st.st_dev, dev->root_ino = st.st_ino;
+    return dev;
+}
+
+static struct x9_link *add_link(struct x9_dev *dev, enum x9_kind kind)
+{
+    struct x9_link *link = dev->nlinks < X9_MAX_RINGS ? calloc(1, sizeof *link) : NULL;
+
+    if (!link)
+        return NULL;
+    link->dev = dev, link->kind = kind, link->wait_fd = link->notify_fd = -1;
+    pthread_mutex_init(&link->tx_lock, NULL);
+    dev->links[dev->nlinks++] = link;
+    return link;
+}
+
+/* The fd stays the caller's to close, after x9_dev_free. Returns 0 or an errno. */
+int x9_dev_add_stream(x9_dev *dev, int fd)
+{
+    struct x9_link *link = add_link(dev, X9_STREAM);
+
+    if (!link || !(link->stream_buf = malloc(dev->config.max_msize)))
+        return ENOMEM;
+    link->wait_fd = fd;
+    return 0;
+}
+
+/* A reply must never fill more than half of its ring half, so that reads can be in flight side by side. */
+static void clamp_msize(struct x9_dev *dev, uint32_t order)
+{
+    uint32_t most = UINT32_C(1) << (order + 10);
+
+    if (dev->config.max_msize > most)
+        dev->config.max_msize = most;
+}
+
+int x9_dev_add_memory_ring(x9_dev *dev, uint8_t *page, uint8_t *data, uint32_t order, int wait_fd, int notify_fd)
+{
+    struct x9_link *link = add_link(dev, X9_MEMORY);
+
+    if (!link)
+        return ENOMEM;
+    link->wait_fd = wait_fd, link->notify_fd = notify_fd;
+    dev->order = order;
+    clamp_msize(dev, order);
+    return ring_init(&link->ring, page, data, order, X9_BACKEND);
+}
+
+int x9_dev_add_xen_ring(x9_dev *dev, uint32_t domid, uint32_t ref, uint32_t port)
+{
+    int err = xen_open(dev);
+    struct x9_link *link = err ? NULL : add_link(dev, X9_XEN);
+
+    if (err)
+        return err;
+    if (!link)
+        return ENOMEM;
+    if (!(err = xen_map(link, domid, ref, port)))
+        clamp_msize(dev, dev->order);
+    return err;
+}
+
+/* After x9_dev_run has returned and every Python thread has left x9_next_cold. */
+void x9_dev_free(x9_dev *dev)
+{
+    struct x9_req *req;
+
+    while ((req = dev->live)) {
+        dev->live = req->next_live;
+        req_free(req);
+    }
+    for (uint32_t i = 0; i < dev->nlinks; i++) {
+        struct x9_link *link = dev->links[i];
+        if (link->kind == X9_XEN)
+            xen_unmap(link);
+        pthread_mutex_destroy(&link->tx_lock);
+        free(link->stream_buf);
+        free(link);
+    }
+    if (dev->fids.buckets)
+        fids_free(&dev->fids);
+    if (dev->evt_fd >= 0)
+        close(dev->evt_fd);
+    if (dev->gnt_fd >= 0)
+        close(dev->gnt_fd);
+    if (dev->stop_fd >= 0)
+        close(dev->stop_fd);
+    free(dev->buf);
+    free(dev);
+}

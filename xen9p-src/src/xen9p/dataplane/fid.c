@@ -1,0 +1,163 @@
+/* The fid table: fid number to file descriptor, reference-counted, so that a Tclunk in the middle of a Tread on the
+ * same fid closes nothing under it. */
+#include "x9.h"
+
+static uint32_t slot(const struct x9_fids *fids, uint32_t num) { return (num * UINT32_C(2654435761) >> 7) & fids->mask; }
+
+int fids_init(struct x9_fids *fids, uint32_t max)
+{
+    fids->mask = 63;
+    fids->count = 0;
+    fids->max = max;
+    fids->buckets = calloc(fids->mask + 1, sizeof *fids->buckets);
+    pthread_mutex_init(&fids->lock, NULL);
+    return fids->buckets ? 0 : ENOMEM;
+}
+
+/* Takes over path_fd, also when it fails (returns NULL). */
+struct x9_fid *fid_new(uint32_t num, int path_fd, uint32_t format, uint32_t uid)
+{
+    struct x9_fid *fid = calloc(1, sizeof *fid);
+
+    if (!fid) {
+        close(path_fd);
+        return NULL;
+    }
+    fid->num = num, fid->path_fd = path_fd, fid->io_fd = -1, fid->format = format, fid->uid = uid, fid->refs = 1;
+    pthread_mutex_init(&fid->lock, NULL);
+    return fid;
+}
+
+void fid_put(struct x9_fid *fid)
+{
+    if (__atomic_sub_fetch(&fid->refs, 1, __ATOMIC_ACQ_REL))
+        return;
+    if (fid->io_fd >= 0 && fid->io_fd != fid->path_fd)
+        close(fid->io_fd);
+    close(fid->path_fd);
+    pthread_mutex_destroy(&fid->lock);
+    free(fid);
+}
+
+static struct x9_fid **find(struct x9_fids *fids, uint32_t num)
+{
+    struct x9_fid **at = &fids->buckets[slot(fids, num)];
+
+    while (*at && (*at)->num != num)
+        at = &(*at)->next;
+    return at;
+}
+
+/* A new reference, or NULL. */
+struct x9_fid *fids_get(struct x9_fids *fids, uint32_t num)
+{
+    pthread_mutex_lock(&fids->lock);
+    struct x9_fid *fid = *find(fids, num);
+    if (fid)
+        __atomic_add_fetch(&fid->refs, 1, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&fids->lock);
+    return fid;
+}
+
+bool fids_has(struct x9_fids *fids, uint32_t num)
+{
+    pthread_mutex_lock(&fids->lock);
+    bool has = *find(fids, num) != NULL;
+    pthread_mutex_unlock(&fids->lock);
+    return has;
+}
+
+static void grow(struct x9_fids *fids)
+{
+    uint32_t old = fids->mask + 1;
+    struct x9_fid **bigger = calloc((size_t)old * 2, sizeof *bigger), **small = fids->buckets;
+
+    if (!bigger)
+        return; /* longer chains are slower, not wrong */
+    fids->buckets = bigger;
+    fids->mask = old * 2 - 1;
+    for (uint32_t i = 0; i < old; i++)
+        for (struct x9_fid *fid = small[i], *next; fid; fid = next) {
+            next = fid->next;
+            struct x9_fid **head = &bigger[slot(fids, fid->num)];
+            fid->next = *head;
+            *head = fid;
+        }
+    free(small);
+}
+
+/* Hands the caller's reference to the table. Returns 0, EINVAL (number in use or NOFID) or EMFILE (too many). */
+int fids_add(struct x9_fids *fids, struct x9_fid *fid)
+{
+    int err = 0;
+
+    pthread_mutex_lock(&fids->lock);
+    struct x9_fid **at = find(fids, fid->num);
+    if (*at || fid->num == X9_NOFID) {
+        err = EINVAL;
+    } else if (fids->count >= fids->max) {
+        err = EMFILE;
+    } else {
+        fid->next = NULL;
+        *at = fid;
+        if (++fids->count > fids->mask)
+            grow(fids);
+    }
+    pthread_mutex_unlock(&fids->lock);
+    if (err)
+        fid_put(fid);
+    return err;
+}
+
+/* Puts fid where old is. Returns EBADF if another message has clunked or swapped old meanwhile. */
+int fids_swap(struct x9_fids *fids, struct x9_fid *old, struct x9_fid *fid)
+{
+    int err = 0;
+
+    pthread_mutex_lock(&fids->lock);
+    struct x9_fid **at = find(fids, old->num);
+    if (*at == old) {
+        fid->next = old->next;
+        *at = fid;
+    } else {
+        err = EBADF;
+    }
+    pthread_mutex_unlock(&fids->lock);
+    fid_put(err ? fid : old);
+    return err;
+}
+
+int fids_drop(struct x9_fids *fids, uint32_t num)
+{
+    pthread_mutex_lock(&fids->lock);
+    struct x9_fid **at = find(fids, num), *fid = *at;
+    if (fid) {
+        *at = fid->next;
+        fids->count--;
+    }
+    pthread_mutex_unlock(&fids->lock);
+    if (!fid)
+        return EBADF;
+    fid_put(fid);
+    return 0;
+}
+
+void fids_clear(struct x9_fids *fids)
+{
+    pthread_mutex_lock(&fids->lock);
+    for (uint32_t i = 0; i <= fids->mask; i++)
+        while (fids->buckets[i]) {
+            struct x9_fid *fid = fids->buckets[i];
+            fids->buckets[i] = fid->next;
+            fid_put(fid);
+        }
+    fids->count = 0;
+    pthread_mutex_unlock(&fids->lock);
+}
+
+void fids_free(struct x9_fids *fids)
+{
+    fids_clear(fids);
+    free(fids->buckets);
+    pthread_mutex_destroy(&fids->lock);
+}

@@ -1,0 +1,888 @@
+/* The hot messages of 9P2000.L on file descriptors.
+ *
+ * Names go through openat2(2) one component at a time, beneath the descriptor they start from, and symlinks are
+ * never followed: only the guest resolves them. A file is looked at before it is opened, so that a FIFO or a device
+ * node is never opened here. A handler that might sleep returns X9_LATER unless call->may_block. */
+#include "x9.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <sys/fsuid.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <linux/securebits.h>
+
+enum { QT_DIR = 0x80, QT_SYMLINK = 0x02 };
+
+/* Bits of Tsetattr's valid field and of Tgetattr's. */
+enum {
+    SET_MODE = 0x1, SET_UID = 0x2, SET_GID = 0x4, SET_SIZE = 0x8,
+    SET_ATIME = 0x10, SET_MTIME = 0x20, SET_ATIME_VALUE = 0x80, SET_MTIME_VALUE = 0x100,
+};
+#define GETATTR_BASIC UINT64_C(0x7ff)
+#define GETATTR_BTIME UINT64_C(0x800)
+
+/* --- reading a message --- */
+
+struct cursor {
+    const uint8_t *at, *end;
+    bool bad;
+};
+
+static struct cursor body(const struct x9_call *call)
+{
+    return (struct cursor){call->msg + X9_HEADER, call->msg + call->size, false};
+}
+
+static const uint8_t *take(struct cursor *c, size_t n)
+{
+    static const uint8_t zeros[8];
+
+    if (c->bad || (size_t)(c->end - c->at) < n) {
+        c->bad = true;
+        return zeros;
+    }
+    c->at += n;
+    return c->at - n;
+}
+
+static uint16_t take16(struct cursor *c) { return get16(take(c, 2)); }
+static uint32_t take32(struct cursor *c) { return get32(take(c, 4)); }
+static uint64_t take64(struct cursor *c) { return get64(take(c, 8)); }
+static bool complete(const struct cursor *c) { return !c->bad && c->at == c->end; }
+
+/* Copies a file name to name[X9_NAME_MAX + 1]. Returns 0 or the errno for a name that no directory can hold. */
+static int take_name(struct cursor *c, char *name)
+{
+    uint16_t len = take16(c);
+    if (c->bad || (size_t)(c->end - c->at) < len) {
+        c->bad = true;
+        return 0;
+    }
+    const uint8_t *from = take(c, len);
+    if (len > X9_NAME_MAX)
+        return ENAMETOOLONG;
+    if (!len || memchr(from, 0, len) || memchr(from, '/', len))
+        return EINVAL;
+    memcpy(name, from, len);
+    name[len] = 0;
+    return 0;
+}
+
+static bool is_dots(const char *name) { return name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])); }
+
+/* --- descriptors --- */
+
+static int open_beneath(int dir, const char *name, uint64_t flags, uint64_t mode, uint64_t resolve)
+{
+    struct open_how how = {
+        .flags = flags | O_CLOEXEC | O_NOFOLLOW,
+        .mode = mode,
+        .resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | resolve,
+    };
+    int fd;
+
+    /* EAGAIN without RESOLVE_CACHED: somebody renamed while the kernel walked. */
+    for (int tries = 0; tries < 64; tries++) {
+        fd = (int)syscall(SYS_openat2, dir, name, &how, sizeof how);
+        if (fd >= 0 || errno != EAGAIN || (resolve & RESOLVE_CACHED))
+            return fd < 0 ? -errno : fd;
+    }
+    return -EAGAIN;
+}
+
+/* A second, usable descriptor of the file behind an O_PATH one. The type has been looked at before. */
+static int reopen(int fd, int flags)
+{
+    char path[32];
+
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int io = open(path, flags | O_CLOEXEC | O_NOCTTY);
+    return io < 0 ? -errno : io;
+}
+
+static void encode_qid(const struct x9_dev *dev, uint64_t st_dev, uint64_t ino, uint32_t format, uint32_t version, uint8_t *qid)
+{
+    /* Files of another filesystem (a btrfs subvolume, a mount) may have the same inode numbers. */
+    if (st_dev != dev->root_dev)
+        ino ^= (st_dev * UINT64_C(0x9e3779b97f4a7c15)) | UINT64_C(1) << 63;
+    qid[0] = format == S_IFDIR ? QT_DIR : format == S_IFLNK ? QT_SYMLINK : 0;
+    put32(qid + 1, version);
+    put64(qid + 5, ino);
+}
+
+static uint32_t version_of(const struct timespec *mtime, off_t size)
+{
+    return (uint32_t)mtime->tv_nsec ^ (uint32_t)mtime->tv_sec << 3 ^ (uint32_t)size << 8;
+}
+
+/* Writes 13 bytes. Returns 0 or an errno. */
+int fs_qid(struct x9_dev *dev, int fd, uint8_t *qid, uint32_t *format)
+{
+    struct stat st;
+
+    if (fstatat(fd, "", &st, AT_EMPTY_PATH))
+        return errno;
+    *format = st.st_mode & S_IFMT;
+    encode_qid(dev, st.st_dev, st.st_ino, *format, version_of(&st.st_mtim, st.st_size), qid);
+    return 0;
+}
+
+int x9_qid(x9_dev *dev, int fd, uint8_t *qid13)
+{
+    uint32_t format;
+
+    return fs_qid(dev, fd, qid13, &format);
+}
+
+static bool is_root(const struct x9_dev *dev, int fd)
+{
+    struct stat st;
+
+    return !fstatat(fd, "", &st, AT_EMPTY_PATH) && st.st_dev == dev->root_dev && st.st_ino == dev->root_ino;
+}
+
+/* Where the file behind fd is now, beneath the export: a descriptor of its directory, its name in name256[256].
+ * There is no race to win: the name is checked to lead to the same inode. Returns a descriptor or -errno. */
+int x9_locate(x9_dev *dev, int fd, char *name256)
+{
+    char link[32], path[PATH_MAX + 16], root[PATH_MAX + 16];
+    struct stat want, got;
+
+    if (is_root(dev, fd))
+        return -EBUSY;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, path, sizeof path - 1);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", dev->config.root_fd);
+    ssize_t r = readlink(link, root, sizeof root - 1);
+    if (n <= 0 || r <= 0 || n >= PATH_MAX || r >= PATH_MAX)
+        return -ENAMETOOLONG;
+    path[n] = root[r] = 0;
+    if (r == 1)
+        r = 0; /* the export is "/" */
+    if (strncmp(path, root, (size_t)r) || path[r] != '/')
+        return -ESTALE;
+    char *relative = path + r + 1, *last = strrchr(relative, '/');
+    const char *name = last ? last + 1 : relative;
+    if (strlen(name) > X9_NAME_MAX || !*name)
+        return -ENAMETOOLONG;
+    strcpy(name256, name);
+    if (last)
+        *last = 0;
+    int dir = open_beneath(dev->config.root_fd, last ? relative : ".", O_PATH | O_DIRECTORY, 0, 0);
+    if (dir < 0)
+        return dir == -ENOENT ? -ESTALE : dir;
+    if (fstatat(fd, "", &want, AT_EMPTY_PATH) || fstatat(dir, name256, &got, AT_SYMLINK_NOFOLLOW) ||
+        want.st_dev != got.st_dev || want.st_ino != got.st_ino) {
+        close(dir);
+        return -ESTALE; /* unlinked, or moved this very moment */
+    }
+    return dir;
+}
+
+int x9_link_fd(int fd, int dir_fd, const char *name)
+{
+    return linkat(fd, "", dir_fd, name, AT_EMPTY_PATH) ? errno : 0;
+}
+
+/* Who new files belong to. Thread-wide, so by system call and not through glibc's process-wide wrappers. */
+void x9_identity(uint32_t uid, uint32_t gid)
+{
+    static __thread uint32_t now_uid, now_gid;
+
+    if (gid != now_gid)
+        setfsgid(now_gid = gid);
+    if (uid != now_uid)
+        setfsuid(now_uid = uid);
+}
+
+/* Changing the filesystem uid must not take away the capabilities with which the worker serves: what a user of the
+ * guest may do, the guest's kernel has decided. Inherited by threads that start later. */
+int x9_keep_capabilities(void)
+{
+    return prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) ? errno : 0;
+}
+
+/* --- handlers: 0 (reply in call->out after the header), an errno, or X9_* --- */
+
+static uint8_t *reply(struct x9_call *call, uint32_t len)
+{
+    call->out_len = X9_HEADER + len;
+    put_header(call->out, call->out_len, (uint8_t)(call->type + 1), call->tag);
+    return call->out + X9_HEADER;
+}
+
+static int h_version(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t msize = take32(&c);
+    uint16_t len = take16(&c);
+    const uint8_t *text = c.bad || (size_t)(c.end - c.at) < len ? NULL : take(&c, len);
+    static const char ours[] = "9P2000.L";
+    const char *answer = "unknown";
+
+    if (!text || !complete(&c))
+        return X9_MALFORMED;
+    if (msize < X9_MIN_MSIZE)
+        return EINVAL;
+    if (msize > call->dev->config.max_msize)
+        msize = call->dev->config.max_msize;
+    if (len >= 8 && !memcmp(text, ours, 8) && (len == 8 || text[8] == '.'))
+        answer = ours;
+    /* A new session: nothing of the old one may still run when its fids go. */
+    int err = dev_drain(call->dev);
+    if (err)
+        return err;
+    fids_clear(&call->dev->fids);
+    call->dev->msize = answer == ours ? msize : 0;
+    uint8_t *p = reply(call, 6 + (uint32_t)strlen(answer));
+    put32(p, msize);
+    put16(p + 4, (uint16_t)strlen(answer));
+    memcpy(p + 6, answer, strlen(answer));
+    return 0;
+}
+
+/* The directory above fd, never above the export. Returns an O_PATH descriptor or -errno. */
+static int open_parent(struct x9_dev *dev, int fd)
+{
+    char name[X9_NAME_MAX + 1];
+
+    if (is_root(dev, fd))
+        return open_beneath(fd, ".", O_PATH, 0, 0);
+    return x9_locate(dev, fd, name);
+}
+
+static int h_walk(struct x9_call *call)
+{
+    struct x9_dev *dev = call->dev;
+    struct cursor c = body(call);
+    uint32_t num = take32(&c), newnum = take32(&c), count = take16(&c), done = 0, format = 0;
+    char names[X9_MAX_WALK][X9_NAME_MAX + 1];
+    uint8_t qids[X9_MAX_WALK * 13];
+    int bad_name[X9_MAX_WALK], err = 0;
+
+    if (c.bad || count > X9_MAX_WALK)
+        return X9_MALFORMED;
+    for (uint32_t i = 0; i < count; i++)
+        bad_name[i] = take_name(&c, names[i]);
+    if (!complete(&c))
+        return X9_MALFORMED;
+    struct x9_fid *from = fids_get(&dev->fids, num);
+    if (!from)
+        return EBADF;
+    if (num != newnum && fids_has(&dev->fids, newnum)) {
+        fid_put(from);
+        return EINVAL;
+    }
+    int at = fcntl(from->path_fd, F_DUPFD_CLOEXEC, 0);
+    format = from->format;
+    if (at < 0)
+        err = errno;
+    for (; !err && done < count; done++) {
+        int next;
+
+        if ((err = bad_name[done]))
+            break;
+        if (format != S_IFDIR) {
+            err = ENOTDIR;
+            break;
+        }
+        if (!strcmp(names[done], ".."))
+            next = open_parent(dev, at);
+        else if (!strcmp(names[done], "."))
+            next = -EINVAL;
+        else
+            next = open_beneath(at, names[done], O_PATH, 0, call->may_block ? 0 : RESOLVE_CACHED);
+        if (next < 0) {
+            err = next == -EXDEV || next == -ELOOP ? EACCES : -next;
+            break;
+        }
+        close(at);
+        at = next;
+        err = fs_qid(dev, at, qids + done * 13, &format);
+    }
+    uint32_t uid = from->uid;
+    if (err == EAGAIN && !call->may_block) {
+        close(at);
+        fid_put(from);
+        return X9_LATER;
+    }
+    if (at < 0 || (err && !done)) {
+        if (at >= 0)
+            close(at);
+        fid_put(from);
+        return err;
+    }
+    if (done == count) {
+        /* Only a complete walk makes the new fid. */
+        struct x9_fid *fid = fid_new(newnum, at, format, uid);
+        err = !fid ? ENOMEM : num == newnum ? fids_swap(&dev->fids, from, fid) : fids_add(&dev->fids, fid);
+    } else {
+        close(at);
+        err = 0;
+    }
+    fid_put(from);
+    if (err)
+        return err;
+    uint8_t *p = reply(call, 2 + done * 13);
+    put16(p, (uint16_t)done);
+    memcpy(p + 2, qids, done * 13);
+    return 0;
+}
+
+static int h_getattr(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t num = take32(&c);
+    take64(&c); /* request_mask: everything is cheap here */
+    struct statx sx;
+    int err = 0;
+
+    if (!complete(&c))
+        return X9_MALFORMED;
+    struct x9_fid *fid = fids_get(&call->dev->fids, num);
+    if (!fid)
+        return EBADF;
+    if (statx(fid->path_fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS | STATX_BTIME, &sx))
+        err = errno;
+    fid_put(fid);
+    if (err)
+        return err;
+    uint64_t dev = (uint64_t)gnu_dev_makedev(sx.stx_dev_major, sx.stx_dev_minor);
+    struct timespec mtime = {.tv_sec = sx.stx_mtime.tv_sec, .tv_nsec = sx.stx_mtime.tv_nsec};
+    uint8_t *p = reply(call, 153);
+    put64(p, GETATTR_BASIC | (sx.stx_mask & STATX_BTIME ? GETATTR_BTIME : 0));
+    encode_qid(call->dev, dev, sx.stx_ino, sx.stx_mode & S_IFMT, version_of(&mtime, (off_t)sx.stx_size), p + 8);
+    put32(p + 21, sx.stx_mode);
+    put32(p + 25, sx.stx_uid);
+    put32(p + 29, sx.stx_gid);
+    put64(p + 33, sx.stx_nlink);
+    put64(p + 41, (uint64_t)gnu_dev_makedev(sx.stx_rdev_major, sx.stx_rdev_minor));
+    put64(p + 49, sx.stx_size);
+    put64(p + 57, sx.stx_blksize);
+    put64(p + 65, sx.stx_blocks);
+    const struct statx_timestamp *times[] = {&sx.stx_atime, &sx.stx_mtime, &sx.stx_ctime, &sx.stx_btime};
+    for (int i = 0; i < 4; i++) {
+        put64(p + 73 + i * 16, (uint64_t)times[i]->tv_sec);
+        put64(p + 81 + i * 16, times[i]->tv_nsec);
+    }
+    put64(p + 137, 0); /* gen */
+    put64(p + 145, 0); /* data_version */
+    return 0;
+}
+
+static int h_setattr(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t num = take32(&c), valid = take32(&c), mode = take32(&c), uid = take32(&c), gid = take32(&c);
+    uint64_t size = take64(&c);
+    struct timespec times[2];
+    char path[32];
+    int err = 0;
+
+    for (int i = 0; i < 2; i++) {
+        times[i].tv_sec = (time_t)take64(&c);
+        times[i].tv_nsec = (long)take64(&c);
+    }
+    if (!complete(&c))
+        return X9_MALFORMED;
+    if (!call->may_block)
+        return X9_LATER;
+    struct x9_fid *fid = fids_get(&call->dev->fids, num);
+    if (!fid)
+        return EBADF;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fid->path_fd);
+    x9_identity(0, 0);
+    if (valid & (SET_UID | SET_GID))
+        if (fchownat(fid->path_fd, "", valid & SET_UID ? uid : (uid_t)-1, valid & SET_GID ? gid : (gid_t)-1, AT_EMPTY_PATH))
+            err = errno;
+    /* After the owner: chown takes the set-user-id bits away. */
+    if (!err && (valid & SET_MODE))
+        err = fid->format == S_IFLNK ? EOPNOTSUPP : chmod(path, mode & 07777) ? errno : 0;
+    if (!err && (valid & SET_SIZE))
+        err = fid->format != S_IFREG ? (fid->format == S_IFDIR ? EISDIR : EINVAL)
+              : size > INT64_MAX     ? EFBIG
+              : truncate(path, (off_t)size) ? errno : 0;
+    if (!err && (valid & (SET_ATIME | SET_MTIME))) {
+        for (int i = 0; i < 2; i++) {
+            bool set = valid & (i ? SET_MTIME : SET_ATIME), value = valid & (i ? SET_MTIME_VALUE : SET_ATIME_VALUE);
+            if (!set)
+                times[i].tv_nsec = UTIME_OMIT;
+            else if (!value)
+                times[i].tv_nsec = UTIME_NOW;
+            else if (times[i].tv_nsec < 0 || times[i].tv_nsec > 999999999)
+                err = EINVAL;
+        }
+        if (!err && utimensat(fid->path_fd, "", times, AT_EMPTY_PATH))
+            err = errno;
+    }
+    fid_put(fid);
+    if (!err)
+        reply(call, 0);
+    return err;
+}
+
+/* The flags of a guest's open(2) that mean something here. 9P2000.L uses Linux's x86 numbers. */
+static int open_flags(uint32_t wire)
+{
+    return (int)(wire & (O_ACCMODE | O_APPEND | O_TRUNC | O_SYNC));
+}
+
+static int reply_open(struct x9_call *call, int fd)
+{
+    uint8_t qid[13];
+    uint32_t format;
+    int err = fs_qid(call->dev, fd, qid, &format);
+
+    if (err)
+        return err;
+    uint8_t *p = reply(call, 17);
+    memcpy(p, qid, 13);
+    put32(p + 13, 0); /* iounit 0: as much as msize holds */
+    return 0;
+}
+
+/* Opens an O_PATH descriptor for I/O after a look at what it is. Returns a descriptor or -errno. */
+static int open_for_io(struct x9_dev *dev, int fd, uint32_t format, uint32_t wire)
+{
+    int flags = open_flags(wire);
+
+    if (format == S_IFLNK)
+        return -ELOOP;
+    if (format == S_IFDIR)
+        return (flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC) ? -EISDIR : reopen(fd, O_RDONLY | O_DIRECTORY);
+    if (format != S_IFREG)
+        return -EPERM; /* devices, FIFOs and sockets are the guest's to open, not the server's */
+    if (wire & O_DIRECTORY)
+        return -ENOTDIR;
+    if (dev->config.readonly && ((flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC)))
+        return -EROFS;
+    return reopen(fd, flags);
+}
+
+static int h_lopen(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t num = take32(&c), wire = take32(&c);
+    int err = 0;
+
+    if (!complete(&c))
+        return X9_MALFORMED;
+    if ((wire & O_TRUNC) && !call->may_block)
+        return X9_LATER;
+    struct x9_fid *fid = fids_get(&call->dev->fids, num);
+    if (!fid)
+        return EBADF;
+    pthread_mutex_lock(&fid->lock);
+    if (fid->io_fd >= 0) {
+        err = EINVAL; /* opened already */
+    } else {
+        int io = open_for_io(call->dev, fid->path_fd, fid->format, wire);
+        if (io < 0)
+            err = -io;
+        else if ((err = reply_open(call, io)))
+            close(io);
+        else
+            __atomic_store_n(&fid->io_fd, io, __ATOMIC_RELEASE);
+    }
+    pthread_mutex_unlock(&fid->lock);
+    fid_put(fid);
+    return err;
+}
+
+static int h_lcreate(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    char name[X9_NAME_MAX + 1];
+    uint32_t num = take32(&c);
+    int bad = take_name(&c, name);
+    uint32_t wire = take32(&c), mode = take32(&c), gid = take32(&c);
+
+    if (!complete(&c))
+        return X9_MALFORMED;
+    if (bad || is_dots(name))
+        return bad ? bad : EEXIST;
+    if (!call->may_block)
+        return X9_LATER;
+    struct x9_fid *dir = fids_get(&call->dev->fids, num);
+    if (!dir)
+        return EBADF;
+    if (dir->format != S_IFDIR || dir->io_fd >= 0) {
+        fid_put(dir);
+        return dir->format != S_IFDIR ? ENOTDIR : EINVAL;
+    }
+    x9_identity(dir->uid, gid);
+    int io = open_beneath(dir->path_fd, name, (uint32_t)open_flags(wire) | O_CREAT | O_EXCL | O_NOCTTY, mode & 07777, 0);
+    x9_identity(0, 0);
+    if (io == -EEXIST && !(wire & O_EXCL)) {
+        /* It may be a FIFO that somebody put there: look first. */
+        uint8_t qid[13];
+        uint32_t format;
+        int path = open_beneath(dir->path_fd, name, O_PATH, 0, 0);
+        int err = path < 0 ? -path : fs_qid(call->dev, path, qid, &format);
+        io = err ? -err : format == S_IFDIR ? -EISDIR : open_for_io(call->dev, path, format, wire);
+        if (path >= 0)
+            close(path);
+    }
+    int err = io < 0 ? -io : reply_open(call, io);
+    if (err) {
+        if (io >= 0)
+            close(io);
+    } else {
+        struct x9_fid *fid = fid_new(num, io, S_IFREG, dir->uid);
+        if (fid)
+            fid->io_fd = io;
+        err = fid ? fids_swap(&call->dev->fids, dir, fid) : ENOMEM;
+    }
+    fid_put(dir);
+    return err;
+}
+
+/* Appends nothing and leaves *fd alone on error. */
+static int open_fid(struct x9_call *call, uint32_t num, uint32_t format, struct x9_fid **out)
+{
+    struct x9_fid *fid = fids_get(&call->dev->fids, num);
+
+    if (!fid)
+        return EBADF;
+    if (__atomic_load_n(&fid->io_fd, __ATOMIC_ACQUIRE) < 0) {
+        fid_put(fid);
+        return EBADF;
+    }
+    if (format && fid->format != format) {
+        fid_put(fid);
+        return format == S_IFDIR ? ENOTDIR : EISDIR;
+    }
+    *out = fid;
+    return 0;
+}
+
+static uint8_t *big(struct x9_call *call)
+{
+    if (!call->big)
+        call->big = malloc(call->dev->config.max_msize);
+    return call->big;
+}
+
+/* Read what the page cache has straight into the ring. Returns as a handler does. */
+static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset, uint32_t count)
+{
+    struct x9_link *link = call->link;
+    struct iovec iov[2];
+    uint8_t header[X9_READ_HEADER];
+    struct stat st;
+    int err = 0;
+
+    pthread_mutex_lock(&link->tx_lock);
+    err = link_wait_room(link, X9_READ_HEADER + count);
+    if (err) {
+        pthread_mutex_unlock(&link->tx_lock);
+        return X9_DONE; /* the device is ending */
+    }
+    int n = ring_tx_iov(&link->ring, X9_READ_HEADER, count, iov);
+    ssize_t got = preadv2(fid->io_fd, iov, n, (off_t)offset, RWF_NOWAIT);
+    if (got < 0)
+        err = errno == EAGAIN ? X9_LATER : errno;
+    else if ((uint32_t)got < count && (fstat(fid->io_fd, &st) || offset + (uint64_t)got < (uint64_t)st.st_size))
+        err = X9_LATER; /* not the end of the file: the rest is not in the page cache */
+    if (err == EOPNOTSUPP) {
+        fid->plain_io = true;
+        err = X9_LATER;
+    }
+    if (!err) {
+        put_header(header, X9_READ_HEADER + (uint32_t)got, P9_TREAD + 1, call->tag);
+        put32(header + X9_HEADER, (uint32_t)got);
+        ring_poke(&link->ring, 0, header, sizeof header);
+        ring_publish(&link->ring, X9_READ_HEADER + (uint32_t)got);
+        dev_count_io(call->dev, (uint64_t)got, 0);
+    }
+    pthread_mutex_unlock(&link->tx_lock);
+    if (err)
+        return err;
+    link_notify(link);
+    return X9_DONE;
+}
+
+static int h_read(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t num = take32(&c);
+    uint64_t offset = take64(&c);
+    uint32_t count = take32(&c);
+    struct x9_fid *fid;
+    int err;
+
+    if (!complete(&c))
+        return X9_MALFORMED;
+    if (count > call->dev->msize - X9_READ_HEADER)
+        count = call->dev->msize - X9_READ_HEADER;
+    if ((err = open_fid(call, num, S_IFREG, &fid)))
+        return err;
+    if (offset > (uint64_t)INT64_MAX - count) {
+        fid_put(fid);
+        return EINVAL;
+    }
+    if (!call->may_block) {
+        err = fid->plain_io || call->link->kind == X9_STREAM ? X9_LATER : read_cached(call, fid, offset, count);
+        fid_put(fid);
+        return err;
+    }
+    uint8_t *buf = big(call);
+    ssize_t got = buf ? pread(fid->io_fd, buf + X9_READ_HEADER, count, (off_t)offset) : (errno = ENOMEM, -1);
+    err = got < 0 ? errno : 0;
+    fid_put(fid);
+    if (err)
+        return err;
+    put_header(buf, X9_READ_HEADER + (uint32_t)got, P9_TREAD + 1, call->tag);
+    put32(buf + X9_HEADER, (uint32_t)got);
+    dev_count_io(call->dev, (uint64_t)got, 0);
+    call_send(call, buf, X9_READ_HEADER + (uint32_t)got);
+    return X9_DONE;
+}
+
+static int h_write(struct x9_call *call)
+{
+    struct iovec iov[2];
+    uint32_t num = get32(call->msg + 7), count = get32(call->msg + 19);
+    uint64_t offset = get64(call->msg + 11);
+    struct x9_fid *fid;
+    ssize_t put;
+    int err;
+
+    if (call->size < X9_WRITE_HEADER || count != call->size - X9_WRITE_HEADER)
+        return X9_MALFORMED;
+    if ((err = open_fid(call, num, S_IFREG, &fid)))
+        return err;
+    if (offset > (uint64_t)INT64_MAX - count)
+        err = EFBIG;
+    else if (!call->may_block && fid->plain_io)
+        err = X9_LATER;
+    if (err) {
+        fid_put(fid);
+        return err;
+    }
+    int n = 1;
+    if (call->data_in_ring)
+        n = ring_rx_iov(&call->link->ring, X9_WRITE_HEADER, count, iov);
+    else
+        iov[0] = (struct iovec){(void *)(uintptr_t)(call->msg + X9_WRITE_HEADER), count};
+    put = pwritev2(fid->io_fd, iov, n, (off_t)offset, call->may_block ? 0 : RWF_NOWAIT);
+    err = put < 0 ? errno : 0;
+    if (!call->may_block && (err == EAGAIN || err == EOPNOTSUPP)) {
+        if (err == EOPNOTSUPP)
+            fid->plain_io = true;
+        err = X9_LATER;
+    }
+    fid_put(fid);
+    if (err)
+        return err;
+    dev_count_io(call->dev, 0, (uint64_t)put);
+    put32(reply(call, 4), (uint32_t)put);
+    return 0;
+}
+
+static int h_readdir(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t num = take32(&c);
+    uint64_t offset = take64(&c);
+    uint32_t count = take32(&c), used = 0;
+    _Alignas(struct dirent64) char entries[16384];
+    struct x9_fid *fid;
+    bool full = false;
+    int err;
+
+    if (!complete(&c))
+        return X9_MALFORMED;
+    if (count > call->dev->msize - X9_READ_HEADER)
+        count = call->dev->msize - X9_READ_HEADER;
+    if (!call->may_block)
+        return X9_LATER;
+    uint8_t *buf = big(call), *out = buf + X9_READ_HEADER;
+    if (!buf)
+        return ENOMEM;
+    if ((err = open_fid(call, num, S_IFDIR, &fid)))
+        return err;
+    bool top = is_root(call->dev, fid->path_fd);
+    pthread_mutex_lock(&fid->lock);
+    if (offset != fid->dir_pos && lseek64(fid->io_fd, (off64_t)offset, SEEK_SET) < 0)
+        err = errno;
+    else
+        fid->dir_pos = offset;
+    while (!err && !full) {
+        ssize_t n = getdents64(fid->io_fd, entries, sizeof entries);
+        if (n <= 0) {
+            err = n < 0 ? errno : 0;
+            break;
+        }
+        for (ssize_t at = 0; at < n;) {
+            const struct dirent64 *e = (const struct dirent64 *)(const void *)(entries + at);
+            uint32_t len = (uint32_t)strlen(e->d_name), need = 24 + len;
+            uint64_t ino = e->d_ino;
+
+            at += e->d_reclen;
+            if (need > count - used) {
+                full = true;
+                break;
+            }
+            if (top && !strcmp(e->d_name, ".."))
+                ino = call->dev->root_ino; /* what is above the export is nobody's business */
+            uint8_t *p = out + used;
+            encode_qid(call->dev, call->dev->root_dev, ino, DTTOIF(e->d_type), 0, p);
+            put64(p + 13, (uint64_t)e->d_off);
+            p[21] = e->d_type;
+            put16(p + 22, (uint16_t)len);
+            memcpy(p + 24, e->d_name, len);
+            used += need;
+            fid->dir_pos = (uint64_t)e->d_off;
+        }
+    }
+    if (full) {
+        /* The kernel's position is past what the reply holds. */
+        if (lseek64(fid->io_fd, (off64_t)fid->dir_pos, SEEK_SET) < 0)
+            err = errno;
+        else if (!used)
+            err = EINVAL; /* not even one entry fits into count */
+    }
+    pthread_mutex_unlock(&fid->lock);
+    fid_put(fid);
+    if (err)
+        return err;
+    put_header(buf, X9_READ_HEADER + used, P9_TREADDIR + 1, call->tag);
+    put32(buf + X9_HEADER, used);
+    call_send(call, buf, X9_READ_HEADER + used);
+    return X9_DONE;
+}
+
+static int h_clunk(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t num = take32(&c);
+
+    if (!complete(&c))
+        return X9_MALFORMED;
+    int err = fids_drop(&call->dev->fids, num);
+    if (!err)
+        reply(call, 0);
+    return err;
+}
+
+static int h_fsync(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t num = take32(&c), datasync = 0;
+    struct x9_fid *fid;
+    int err;
+
+    if (c.at != c.end)
+        datasync = take32(&c); /* early clients leave it out */
+    if (!complete(&c))
+        return X9_MALFORMED;
+    if (!call->may_block)
+        return X9_LATER;
+    if ((err = open_fid(call, num, 0, &fid)))
+        return err;
+    err = (datasync ? fdatasync(fid->io_fd) : fsync(fid->io_fd)) ? errno : 0;
+    fid_put(fid);
+    if (!err)
+        reply(call, 0);
+    return err;
+}
+
+static int h_readlink(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t num = take32(&c);
+    char target[PATH_MAX];
+
+    if (!complete(&c))
+        return X9_MALFORMED;
+    struct x9_fid *fid = fids_get(&call->dev->fids, num);
+    if (!fid)
+        return EBADF;
+    ssize_t n = fid->format == S_IFLNK ? readlinkat(fid->path_fd, "", target, sizeof target) : (errno = EINVAL, -1);
+    int err = n < 0 ? errno : 0;
+    fid_put(fid);
+    if (err)
+        return err;
+    uint8_t *p = reply(call, 2 + (uint32_t)n);
+    put16(p, (uint16_t)n);
+    memcpy(p + 2, target, (size_t)n);
+    return 0;
+}
+
+static int h_statfs(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    uint32_t num = take32(&c);
+    struct statfs st;
+
+    if (!complete(&c))
+        return X9_MALFORMED;
+    struct x9_fid *fid = fids_get(&call->dev->fids, num);
+    if (!fid)
+        return EBADF;
+    int err = fstatfs(fid->path_fd, &st) ? errno : 0;
+    fid_put(fid);
+    if (err)
+        return err;
+    uint8_t *p = reply(call, 60);
+    put32(p, (uint32_t)st.f_type);
+    put32(p + 4, (uint32_t)st.f_bsize);
+    put64(p + 8, st.f_blocks);
+    put64(p + 16, st.f_bfree);
+    put64(p + 24, st.f_bavail);
+    put64(p + 32, st.f_files);
+    put64(p + 40, st.f_ffree);
+    put64(p + 48, (uint64_t)(uint32_t)st.f_fsid.__val[0] | (uint64_t)(uint32_t)st.f_fsid.__val[1] << 32);
+    put32(p + 56, (uint32_t)st.f_namelen);
+    return 0;
+}
+
+/* --- the table of messages --- */
+
+enum { HOT = 1, COLD = 2, MUTATES = 4, POOL = 8 };
+
+static const struct {
+    int (*handle)(struct x9_call *);
+    uint8_t how;
+} table[128] = {
+    [P9_TVERSION] = {h_version, HOT},
+    [P9_TWALK] = {h_walk, HOT},
+    [P9_TGETATTR] = {h_getattr, HOT},
+    [P9_TSETATTR] = {h_setattr, HOT | MUTATES | POOL},
+    [P9_TLOPEN] = {h_lopen, HOT},
+    [P9_TLCREATE] = {h_lcreate, HOT | MUTATES | POOL},
+    [P9_TREAD] = {h_read, HOT},
+    [P9_TREADDIR] = {h_readdir, HOT | POOL},
+    [P9_TWRITE] = {h_write, HOT | MUTATES},
+    [P9_TCLUNK] = {h_clunk, HOT},
+    [P9_TFSYNC] = {h_fsync, HOT | POOL},
+    [P9_TREADLINK] = {h_readlink, HOT},
+    [P9_TSTATFS] = {h_statfs, HOT},
+    [P9_TFLUSH] = {NULL, HOT}, /* device.c: it is about requests, not files */
+    [P9_TAUTH] = {NULL, COLD},
+    [P9_TATTACH] = {NULL, COLD},
+    [P9_TSYMLINK] = {NULL, COLD | MUTATES},
+    [P9_TMKNOD] = {NULL, COLD | MUTATES},
+    [P9_TRENAME] = {NULL, COLD | MUTATES},
+    [P9_TXATTRWALK] = {NULL, COLD},
+    [P9_TXATTRCREATE] = {NULL, COLD | MUTATES},
+    [P9_TLOCK] = {NULL, COLD},
+    [P9_TGETLOCK] = {NULL, COLD},
+    [P9_TLINK] = {NULL, COLD | MUTATES},
+    [P9_TMKDIR] = {NULL, COLD | MUTATES},
+    [P9_TRENAMEAT] = {NULL, COLD | MUTATES},
+    [P9_TUNLINKAT] = {NULL, COLD | MUTATES},
+    [P9_TREMOVE] = {NULL, COLD}, /* it clunks its fid even where nothing may change */
+};
+
+bool fs_is_known(uint8_t type) { return type < 128 && table[type].how; }
+bool fs_is_cold(uint8_t type) { return table[type].how & COLD; }
+bool fs_mutates(uint8_t type) { return table[type].how & MUTATES; }
+bool fs_wants_pool(uint8_t type) { return table[type].how & POOL; }
+int fs_handle(struct x9_call *call) { return table[call->type].handle(call); }

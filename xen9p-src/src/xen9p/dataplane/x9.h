@@ -1,0 +1,242 @@
+/* Internal to the data plane: the ring, fids, requests and devices. */
+#ifndef X9_H
+#define X9_H
+
+#include <errno.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "api.h"
+
+/* --- 9P2000.L on the wire (diod protocol.md; Linux include/net/9p/9p.h) --- */
+
+enum {
+    P9_RLERROR = 7,
+    P9_TSTATFS = 8,
+    P9_TLOPEN = 12,
+    P9_TLCREATE = 14,
+    P9_TSYMLINK = 16,
+    P9_TMKNOD = 18,
+    P9_TRENAME = 20,
+    P9_TREADLINK = 22,
+    P9_TGETATTR = 24,
+    P9_TSETATTR = 26,
+    P9_TXATTRWALK = 30,
+    P9_TXATTRCREATE = 32,
+    P9_TREADDIR = 40,
+    P9_TFSYNC = 50,
+    P9_TLOCK = 52,
+    P9_TGETLOCK = 54,
+    P9_TLINK = 70,
+    P9_TMKDIR = 72,
+    P9_TRENAMEAT = 74,
+    P9_TUNLINKAT = 76,
+    P9_TVERSION = 100,
+    P9_TAUTH = 102,
+    P9_TATTACH = 104,
+    P9_TFLUSH = 108,
+    P9_TWALK = 110,
+    P9_TREAD = 116,
+    P9_TWRITE = 118,
+    P9_TCLUNK = 120,
+    P9_TREMOVE = 122,
+};
+
+#define X9_HEADER 7u
+#define X9_READ_HEADER 11u   /* Rread, Rreaddir: header and count[4] */
+#define X9_WRITE_HEADER 23u  /* Twrite: header, fid[4], offset[8], count[4] */
+#define X9_NOFID 0xffffffffu
+#define X9_NOTAG 0xffffu
+#define X9_MAX_WALK 16u
+#define X9_NAME_MAX 255u
+#define X9_MIN_MSIZE 4096u
+#define X9_SMALL 8192u /* largest reply that is not file or directory data */
+#define X9_MAX_RINGS 8u
+#define X9_MAX_ORDER 9u /* what we publish as max-ring-page-order */
+
+static inline uint16_t get16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+static inline uint32_t get32(const uint8_t *p)
+{
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+static inline uint64_t get64(const uint8_t *p) { return get32(p) | (uint64_t)get32(p + 4) << 32; }
+static inline void put16(uint8_t *p, uint16_t v) { p[0] = (uint8_t)v, p[1] = (uint8_t)(v >> 8); }
+static inline void put32(uint8_t *p, uint32_t v) { put16(p, (uint16_t)v), put16(p + 2, (uint16_t)(v >> 16)); }
+static inline void put64(uint8_t *p, uint64_t v) { put32(p, (uint32_t)v), put32(p + 4, (uint32_t)(v >> 32)); }
+
+static inline void put_header(uint8_t *p, uint32_t size, uint8_t type, uint16_t tag)
+{
+    put32(p, size);
+    p[4] = type;
+    put16(p + 5, tag);
+}
+
+/* --- one half of a ring pair (xen.git docs/misc/9pfs, io/9pfs.h) --- */
+
+enum x9_side { X9_BACKEND, X9_FRONTEND };
+
+struct x9_ring {
+    uint32_t *tx_prod, *tx_cons, *rx_prod, *rx_cons; /* in the shared interface page */
+    uint8_t *tx_data, *rx_data;
+    uint32_t half; /* bytes a direction */
+    /* The peer can write the shared copies of our own indices too, so these private ones are what counts. */
+    uint32_t tx_pos, rx_pos;
+};
+
+int ring_init(struct x9_ring *ring, uint8_t *page, uint8_t *data, uint32_t order, enum x9_side side);
+int64_t ring_readable(const struct x9_ring *ring);
+int64_t ring_writable(const struct x9_ring *ring);
+void ring_peek(const struct x9_ring *ring, uint32_t skip, uint8_t *to, uint32_t len);
+int ring_rx_iov(const struct x9_ring *ring, uint32_t skip, uint32_t len, struct iovec iov[2]);
+void ring_consume(struct x9_ring *ring, uint32_t len);
+void ring_poke(struct x9_ring *ring, uint32_t skip, const uint8_t *from, uint32_t len);
+int ring_tx_iov(const struct x9_ring *ring, uint32_t skip, uint32_t len, struct iovec iov[2]);
+void ring_publish(struct x9_ring *ring, uint32_t len);
+
+/* --- fids --- */
+
+struct x9_fid {
+    uint32_t num;
+    int path_fd;
+    int io_fd;
+    uint32_t uid;
+    uint32_t format;
+    uint32_t refs;
+    bool plain_io; /* the filesystem has no RWF_NOWAIT: leave its reads and writes to the pool */
+    uint64_t dir_pos;
+    pthread_mutex_t lock; /* Tlopen's change of state, and the position of a directory stream */
+    struct x9_fid *next;
+};
+
+struct x9_fids {
+    pthread_mutex_t lock;
+    struct x9_fid **buckets;
+    uint32_t mask, count, max;
+};
+
+int fids_init(struct x9_fids *fids, uint32_t max);
+void fids_clear(struct x9_fids *fids);
+void fids_free(struct x9_fids *fids);
+struct x9_fid *fid_new(uint32_t num, int path_fd, uint32_t format, uint32_t uid);
+struct x9_fid *fids_get(struct x9_fids *fids, uint32_t num);
+bool fids_has(struct x9_fids *fids, uint32_t num);
+int fids_add(struct x9_fids *fids, struct x9_fid *fid);
+int fids_swap(struct x9_fids *fids, struct x9_fid *old, struct x9_fid *fid);
+int fids_drop(struct x9_fids *fids, uint32_t num);
+void fid_put(struct x9_fid *fid);
+
+/* --- devices --- */
+
+enum x9_kind { X9_XEN, X9_MEMORY, X9_STREAM };
+
+/* A way to the peer: one ring pair, or one byte stream. Replies go back on the link of their request. */
+struct x9_link {
+    struct x9_dev *dev;
+    enum x9_kind kind;
+    pthread_mutex_t tx_lock;
+    struct x9_ring ring;
+    int wait_fd, notify_fd; /* X9_MEMORY: eventfds; X9_STREAM: wait_fd is the stream */
+    uint32_t port;          /* X9_XEN: our local event channel */
+    void *map_page, *map_data;
+    size_t data_bytes;
+    uint64_t page_index, data_index; /* of /dev/xen/gntdev */
+    uint8_t *stream_buf;
+    uint32_t stream_have;
+};
+
+struct x9_req {
+    uint16_t tag;
+    uint8_t type;
+    uint32_t size;
+    uint8_t *msg;
+    struct x9_link *link;
+    bool running;
+    bool replying; /* its reply is leaving: the peer may use the tag again any moment */
+    uint16_t *flushes; /* tags of the Tflush requests that wait for this one */
+    uint32_t nflushes;
+    struct x9_req *next;      /* in its queue */
+    struct x9_req *next_live; /* among all that are in flight */
+};
+
+struct x9_queue {
+    struct x9_req *head, **tail;
+    pthread_cond_t more;
+};
+
+struct x9_dev {
+    struct x9_config config;
+    uint64_t root_dev, root_ino;
+    uint32_t msize; /* 0 until Tversion */
+    struct x9_fids fids;
+    struct x9_link *links[X9_MAX_RINGS];
+    uint32_t nlinks;
+    int gnt_fd, evt_fd, stop_fd;
+    uint32_t order;
+
+    pthread_mutex_t lock; /* everything from here to the statistics */
+    struct x9_queue pool, cold;
+    struct x9_req *live;
+    uint32_t nlive, npool, nidle;
+    pthread_cond_t idle; /* nlive fell */
+    pthread_cond_t room; /* the peer gave a sign: there may be room for a reply */
+    uint32_t room_waiters;
+    uint64_t signs; /* counts the signs of the peer, so that none is missed */
+    pthread_t threads[16];
+    char reason[160];
+    int verdict;
+
+    bool stop;
+    uint8_t *buf; /* the reader's: msize bytes */
+    uint64_t requests, read_bytes, written_bytes, errors, by_type[128];
+};
+
+/* What a handler says besides an errno (positive) or "reply is in out" (0). */
+#define X9_LATER (-1)     /* it would block: give it to the pool */
+#define X9_DONE (-2)      /* it has replied by itself */
+#define X9_MALFORMED (-3) /* the message does not parse */
+
+struct x9_call {
+    struct x9_dev *dev;
+    struct x9_link *link;
+    struct x9_req *req; /* NULL on the reader */
+    const uint8_t *msg; /* private copy; of a Twrite in the ring just its header */
+    uint32_t size;
+    uint16_t tag;
+    uint8_t type;
+    bool may_block;     /* on a pool thread */
+    bool data_in_ring;  /* Twrite: the data is still in the ring */
+    uint8_t *big;       /* msize bytes, or NULL: allocated on first use */
+    uint8_t out[X9_SMALL];
+    uint32_t out_len;
+};
+
+int fs_handle(struct x9_call *call);
+bool fs_mutates(uint8_t type);
+bool fs_is_cold(uint8_t type);
+bool fs_is_known(uint8_t type);
+bool fs_wants_pool(uint8_t type);
+int fs_qid(struct x9_dev *dev, int fd, uint8_t *qid, uint32_t *format);
+
+int link_wait_room(struct x9_link *link, uint32_t len);
+void link_notify(struct x9_link *link);
+void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len);
+bool dev_stopping(struct x9_dev *dev);
+void dev_count_io(struct x9_dev *dev, uint64_t read, uint64_t written);
+int dev_drain(struct x9_dev *dev);
+
+int xen_open(struct x9_dev *dev);
+int xen_map(struct x9_link *link, uint32_t domid, uint32_t ref, uint32_t port);
+void xen_unmap(struct x9_link *link);
+void xen_notify(struct x9_link *link);
+int xen_acknowledge(struct x9_dev *dev);
+
+#endif

@@ -1,0 +1,223 @@
+"""The cold messages of 9P2000.L: what runs too seldom to be worth C. Each handler returns its reply or raises OSError.
+
+Names arrive as bytes and are used with a directory descriptor and never as a path; every call here acts on the name
+itself and follows no symlink.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from xen9p import codec
+from xen9p.codec import Message
+from xen9p.dataplane import DataPlane, Fid, Request, identity, link_fd
+from xen9p.errors import ProtocolError
+
+LOG = logging.getLogger(__name__)
+NAME_MAX = 255
+SYMLINK_MAX = 4095
+AT_REMOVEDIR = 0x200
+"""unlinkat(2)'s flag, which Tunlinkat carries."""
+
+
+def serve(device: DataPlane, request: Request) -> None:
+    """Answers one cold request; what cannot be parsed ends the device."""
+    try:
+        _, message = codec.decode(request.raw)
+        reply = _HANDLERS[type(message)](device, message)
+        device.reply(request, codec.encode(reply, request.tag))
+    except ProtocolError as error:
+        device.fail(error.message)
+        device.reply_errno(request, errno.EPROTO)
+    except OSError as error:
+        device.reply_errno(request, error.errno or errno.EIO)
+    except Exception:  # a defect here must cost the guest one request and not its device
+        LOG.exception("%s failed", codec.message_name(request.type))
+        device.reply_errno(request, errno.EIO)
+
+
+def _fail(err: int) -> OSError:
+    return OSError(err, os.strerror(err))
+
+
+def check_name(name: bytes) -> bytes:
+    """A name that can be made in a directory.
+
+    Raises:
+        OSError: EINVAL (empty, a slash, a NUL), EEXIST (dots), ENAMETOOLONG.
+    """
+    if len(name) > NAME_MAX:
+        raise _fail(errno.ENAMETOOLONG)
+    if not name or b"/" in name or b"\0" in name:
+        raise _fail(errno.EINVAL)
+    if name in (b".", b".."):
+        raise _fail(errno.EEXIST)
+    return name
+
+
+def _writable(device: DataPlane) -> None:
+    if device.readonly:
+        raise _fail(errno.EROFS)
+
+
+def _directory(fid: Fid) -> int:
+    if fid.format != stat.S_IFDIR:
+        raise _fail(errno.ENOTDIR)
+    return fid.path_fd
+
+
+@contextmanager
+def _made(directory: int, name: bytes) -> Iterator[int]:
+    """An O_PATH descriptor of what stands under name now."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _qid_of(device: DataPlane, directory: int, name: bytes) -> codec.Qid:
+    with _made(directory, name) as fd:
+        return device.qid(fd)
+
+
+def _attach(device: DataPlane, msg: codec.Tattach) -> Message:
+    # The device is bound to one export, whatever name the guest says; another export's is a lie.
+    if msg.aname not in (b"", b"/"):
+        raise _fail(errno.ENOENT)
+    if msg.afid != codec.NOFID:
+        raise _fail(errno.EINVAL)
+    device.attach(msg.fid, 0 if msg.n_uname == codec.NOFID else msg.n_uname)
+    return codec.Rattach(device.qid(device.root_fd))
+
+
+def _auth(_device: DataPlane, _msg: codec.Tauth) -> Message:
+    # The server knows the guest by the domain that its ring is bound to: no authentication is wanted.
+    raise _fail(errno.ENOENT)
+
+
+def _mkdir(device: DataPlane, msg: codec.Tmkdir) -> Message:
+    name = check_name(msg.name)
+    with device.fid(msg.dfid) as parent, identity(parent.uid, msg.gid):
+        os.mkdir(name, msg.mode & 0o7777, dir_fd=_directory(parent))
+        with _made(parent.path_fd, name) as fd:
+            if msg.mode & 0o6000:  # mkdir(2) drops the set-id bits
+                os.chmod(f"/proc/self/fd/{fd}", msg.mode & 0o7777)
+            return codec.Rmkdir(device.qid(fd))
+
+
+def _symlink(device: DataPlane, msg: codec.Tsymlink) -> Message:
+    name = check_name(msg.name)
+    if len(msg.target) > SYMLINK_MAX:
+        raise _fail(errno.ENAMETOOLONG)
+    if not msg.target or b"\0" in msg.target:
+        raise _fail(errno.EINVAL)
+    with device.fid(msg.fid) as parent, identity(parent.uid, msg.gid):
+        os.symlink(msg.target, name, dir_fd=_directory(parent))
+        return codec.Rsymlink(_qid_of(device, parent.path_fd, name))
+
+
+def _mknod(device: DataPlane, msg: codec.Tmknod) -> Message:
+    name = check_name(msg.name)
+    if msg.major > 0xFFF or msg.minor > 0xFFFFF:
+        raise _fail(errno.EINVAL)
+    with device.fid(msg.dfid) as parent, identity(parent.uid, msg.gid):
+        os.mknod(name, msg.mode, os.makedev(msg.major, msg.minor), dir_fd=_directory(parent))
+        return codec.Rmknod(_qid_of(device, parent.path_fd, name))
+
+
+def _link(device: DataPlane, msg: codec.Tlink) -> Message:
+    name = check_name(msg.name)
+    with device.fid(msg.dfid) as parent, device.fid(msg.fid) as target:
+        link_fd(target.path_fd, _directory(parent), name)
+    return codec.Rlink()
+
+
+def _rename(device: DataPlane, msg: codec.Trename) -> Message:
+    name = check_name(msg.name)
+    with (
+        device.fid(msg.fid) as target,
+        device.fid(msg.dfid) as parent,
+        device.located(target.path_fd) as (old, old_name),
+    ):
+        os.rename(old_name, name, src_dir_fd=old, dst_dir_fd=_directory(parent))
+    return codec.Rrename()
+
+
+def _renameat(device: DataPlane, msg: codec.Trenameat) -> Message:
+    old_name, new_name = check_name(msg.oldname), check_name(msg.newname)
+    with device.fid(msg.olddirfid) as old, device.fid(msg.newdirfid) as new:
+        os.rename(old_name, new_name, src_dir_fd=_directory(old), dst_dir_fd=_directory(new))
+    return codec.Rrenameat()
+
+
+def _unlink(directory: int, name: bytes, is_directory: bool) -> None:
+    if is_directory:
+        os.rmdir(name, dir_fd=directory)
+    else:
+        os.unlink(name, dir_fd=directory)
+
+
+def _unlinkat(device: DataPlane, msg: codec.Tunlinkat) -> Message:
+    if msg.flags & ~AT_REMOVEDIR:
+        raise _fail(errno.EINVAL)
+    name = check_name(msg.name)
+    with device.fid(msg.dirfid) as parent:
+        _unlink(_directory(parent), name, bool(msg.flags & AT_REMOVEDIR))
+    return codec.Runlinkat()
+
+
+def _remove(device: DataPlane, msg: codec.Tremove) -> Message:
+    try:
+        with device.fid(msg.fid) as target:
+            _writable(device)
+            with device.located(target.path_fd) as (directory, name):
+                _unlink(directory, name, target.format == stat.S_IFDIR)
+    finally:
+        device.clunk(msg.fid)  # whether it worked or not, says remove(5)
+    return codec.Rremove()
+
+
+def _lock(device: DataPlane, msg: codec.Tlock) -> Message:
+    # Granted without a look, which keeps locks right inside one guest (its kernel holds them too); locks between
+    # guests come with the real byte-range locks.
+    with device.fid(msg.fid) as target:
+        if not target.is_open:
+            raise _fail(errno.EBADF)
+    return codec.Rlock(codec.LOCK_SUCCESS)
+
+
+def _getlock(device: DataPlane, msg: codec.Tgetlock) -> Message:
+    with device.fid(msg.fid) as target:
+        if not target.is_open:
+            raise _fail(errno.EBADF)
+    return codec.Rgetlock(codec.LOCK_TYPE_UNLCK, msg.start, msg.length, msg.proc_id, msg.client_id)
+
+
+def _no_xattr(device: DataPlane, msg: codec.Txattrwalk | codec.Txattrcreate) -> Message:
+    with device.fid(msg.fid):
+        raise _fail(errno.EOPNOTSUPP)
+
+
+_HANDLERS: dict[type[Message], Callable[[DataPlane, Any], Message]] = {
+    codec.Tattach: _attach,
+    codec.Tauth: _auth,
+    codec.Tmkdir: _mkdir,
+    codec.Tsymlink: _symlink,
+    codec.Tmknod: _mknod,
+    codec.Tlink: _link,
+    codec.Trename: _rename,
+    codec.Trenameat: _renameat,
+    codec.Tunlinkat: _unlinkat,
+    codec.Tremove: _remove,
+    codec.Tlock: _lock,
+    codec.Tgetlock: _getlock,
+    codec.Txattrwalk: _no_xattr,
+    codec.Txattrcreate: _no_xattr,
+}

@@ -1,0 +1,114 @@
+"""Rings in shared memory, with eventfds in place of event channels: the layout and the code of the Xen rings, no Xen.
+
+Source of the layout: xen.git docs/misc/9pfs.pandoc. Used by the tests and by whoever wants to learn from a ring at rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from typing import Any
+
+from xen9p._dataplane import ffi, lib
+from xen9p.dataplane import DataPlane
+from xen9p.errors import ProtocolError, Xen9pError
+
+PAGE = 4096
+IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, RING_ORDER = 0, 4, 64, 68, 128
+"""Offsets in bytes of the interface page's u32 fields."""
+
+
+class MemoryRing:
+    """One ring: an interface page and 2^order pages of data, `in` first, and an eventfd each way.
+
+    Args:
+        order: 1 to 9; each direction has 2^(order + 11) bytes.
+    """
+
+    def __init__(self, order: int = 5) -> None:
+        self.order = order
+        self.page = mmap.mmap(-1, PAGE)
+        self.data = mmap.mmap(-1, int(lib.x9_ring_data_bytes(order)))
+        self.to_back = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.to_front = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.write_index(RING_ORDER, order)
+
+    @property
+    def half(self) -> int:
+        """Bytes a direction."""
+        return 1 << (self.order + 11)
+
+    def index(self, offset: int) -> int:
+        """A u32 of the interface page."""
+        return int.from_bytes(self.page[offset : offset + 4], "little")
+
+    def write_index(self, offset: int, value: int) -> None:
+        """Overwrites a u32 of the interface page, as a hostile peer can."""
+        self.page[offset : offset + 4] = (value & 0xFFFFFFFF).to_bytes(4, "little")
+
+    def start_at(self, position: int) -> None:
+        """Sets all four free-running indices, so that a test starts near their wrap-around."""
+        for offset in (IN_CONS, IN_PROD, OUT_CONS, OUT_PROD):
+            self.write_index(offset, position)
+
+    def wake_backend(self) -> None:
+        os.eventfd_write(self.to_back, 1)
+
+    def serve_with(self, device: DataPlane) -> None:
+        """Makes a device the backend of this ring."""
+        device.add_memory_ring(self.page, self.data, self.order, self.to_back, self.to_front)
+
+    def close(self) -> None:
+        """Frees the ring; both its ends must be gone."""
+        os.close(self.to_back)
+        os.close(self.to_front)
+        self.page.close()
+        self.data.close()
+
+
+class MemoryRingTransport:
+    """The frontend's end of a ring, for xen9p.client. Waits at most timeout seconds for its peer.
+
+    Raises:
+        ProtocolError: the backend's indices or sizes are out of range.
+        TimeoutError: nothing came, or no room was made, in time.
+    """
+
+    def __init__(self, ring: MemoryRing, timeout: float = 10.0) -> None:
+        self._ring = ring
+        self._page = ffi.from_buffer(ring.page, require_writable=True)
+        self._data = ffi.from_buffer(ring.data, require_writable=True)
+        self._timeout_ms = int(timeout * 1000)
+        self._front: Any = lib.x9_front_new(
+            ffi.cast("uint8_t *", self._page),
+            ffi.cast("uint8_t *", self._data),
+            ring.order,
+            ring.to_front,
+            ring.to_back,
+        )
+        if self._front == ffi.NULL:
+            raise Xen9pError("the ring's indices contradict each other", errno=errno.EINVAL)
+        self._buffer = ffi.new("uint8_t[]", ring.half)
+
+    def send(self, data: bytes, /) -> None:
+        self._check(lib.x9_front_send(self._front, data, len(data), self._timeout_ms))
+
+    def recv(self) -> bytes:
+        size = lib.x9_front_recv(self._front, self._buffer, len(self._buffer), self._timeout_ms)
+        self._check(-size if size < 0 else 0)
+        return bytes(ffi.buffer(self._buffer, size))
+
+    @staticmethod
+    def _check(err: int) -> None:
+        if err == errno.EPROTO:
+            raise ProtocolError("a ring index or message size of the backend is out of range")
+        if err:
+            raise OSError(err, os.strerror(err))
+
+    def close(self) -> None:
+        if self._front is not None:
+            lib.x9_front_free(self._front)
+            self._front = None
+            ffi.release(self._page)
+            ffi.release(self._data)

@@ -1,0 +1,206 @@
+"""A worker: the process that serves one device, and the server behind `xen9p serve`.
+
+A worker knows no XenStore and no policy. Its request says which grants to map and which directory to serve; it
+reports over its own Unix socket, in JSON lines, so that a restarted supervisor finds it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xen9p import server
+from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
+from xen9p.errors import Xen9pError
+
+HELLO_FIELDS = ("domid", "devid", "guest", "uuid", "tag", "export", "readonly")
+PR_SET_NAME = 15
+
+
+def open_export(path: str) -> int:
+    """A descriptor of an export's root directory.
+
+    Raises:
+        Xen9pError: it is missing, or no directory.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Xen9pError(
+            f"cannot serve {path}: {error.strerror}",
+            hint="an export is an existing directory",
+            errno=error.errno,
+        ) from None
+
+
+def prepare_process() -> None:
+    """What every serving process needs before its first thread: exact modes, and rights that setfsuid(2) leaves."""
+    os.umask(0)
+    with contextlib.suppress(OSError):  # without CAP_SETPCAP files just belong to who runs the server
+        keep_capabilities()
+
+
+class Worker:
+    """Serves the device that a spawn request describes, and answers its supervisor."""
+
+    def __init__(self, request: Mapping[str, Any], listener: socket.socket) -> None:
+        self.request = request
+        self.listener = listener
+        self.device: DataPlane | None = None
+        self._clients: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._ready: dict[str, Any] | None = None
+        self._last: dict[str, Any] | None = None
+
+    def run(self) -> int:
+        """Maps, serves, ends. Returns the exit code: 0 stopped, 1 the host's fault, 3 the guest's."""
+        prepare_process()
+        threading.Thread(target=self._listen, name="control", daemon=True).start()
+        try:
+            self.device = device = self._open()
+        except Xen9pError as error:
+            self._finish({"event": "failed", "reason": error.message})
+            return 3 if error.errno == errno.EPROTO else 1
+        with self._lock:
+            self._ready = {"event": "ready", "order": device.order, "rings": len(self.request["rings"])}
+            self._tell(self._ready)
+        verdict = device.run(server.serve)
+        reason = device.reason
+        device.close()
+        stopped = verdict == Verdict.STOPPED
+        self._finish({"event": "stopped"} if stopped else {"event": "ended", "reason": reason})
+        return 0 if stopped else 3 if verdict == Verdict.PROTOCOL else 1
+
+    def _open(self) -> DataPlane:
+        device = DataPlane(
+            open_export(self.request["path"]),
+            bool(self.request["readonly"]),
+            Limits(**self.request.get("limits", {})),
+        )
+        try:
+            for ring in self.request["rings"]:
+                device.add_xen_ring(self.request["domid"], ring["ref"], ring["port"])
+        except Xen9pError:
+            device.close()
+            raise
+        return device
+
+    # The supervisor's side.
+
+    def _hello(self) -> dict[str, Any]:
+        state = "serving" if self._ready else "starting"
+        return {"event": "hello", "pid": os.getpid(), "state": state} | {
+            name: self.request[name] for name in HELLO_FIELDS
+        }
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._converse, args=(client,), name="supervisor", daemon=True).start()
+
+    def _converse(self, client: socket.socket) -> None:
+        with client, client.makefile("rb") as lines:
+            with self._lock:
+                self._clients.append(client)
+                self._send(client, self._hello())
+                for event in (self._ready, self._last):
+                    if event:
+                        self._send(client, event)
+            with contextlib.suppress(OSError, ValueError):
+                for line in lines:
+                    self._obey(client, json.loads(line).get("do"))
+            with self._lock:
+                self._clients.remove(client)
+
+    def _obey(self, client: socket.socket, what: str) -> None:
+        if what == "stop":
+            if self.device:
+                self.device.stop()
+            return
+        if what == "stats" and self._ready and self.device and not self._last:
+            with self._lock:
+                self._send(client, {"event": "stats"} | dict(self.device.stats()))
+
+    def _finish(self, event: dict[str, Any]) -> None:
+        with self._lock:
+            self._last = event
+            self._tell(event)
+        Path(self.request["socket"]).unlink(missing_ok=True)
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        for client in self._clients:
+            self._send(client, event)
+
+    @staticmethod
+    def _send(client: socket.socket, event: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            client.sendall(json.dumps(event).encode() + b"\n")
+
+
+def main(request: Mapping[str, Any], listener: socket.socket) -> int:
+    """What the zygote runs in a new child. The socket that listener listens on is request["socket"]."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    title = f"x9 {request['guest']}/{request['tag']}"
+    ctypes.CDLL(None).prctl(PR_SET_NAME, title.encode()[:15], 0, 0, 0)
+    return Worker(request, listener).run()
+
+
+def serve_connection(stream: socket.socket, path: str, readonly: bool) -> Verdict:
+    """Serves one connected socket until it ends."""
+    device = DataPlane(open_export(path), readonly)
+    try:
+        device.add_stream(stream)
+        return device.run(server.serve)
+    finally:
+        device.close()
+        stream.close()
+
+
+def _listen_at(address: tuple[str, int] | str) -> socket.socket:
+    try:
+        if isinstance(address, str):
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISSOCK(os.lstat(address).st_mode):
+                    os.unlink(address)  # a socket that an earlier server left
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(address)
+            listener.listen()
+            return listener
+        return socket.create_server(address)
+    except OSError as error:
+        raise Xen9pError(
+            f"cannot listen on {address}: {error.strerror}", hint="choose another address", errno=error.errno
+        ) from None
+
+
+def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str) -> int:
+    """Serves a directory on a Unix socket (a path) or TCP (host, port), a thread a client, until interrupted.
+
+    Raises:
+        Xen9pError: the directory or the address is not usable.
+    """
+    os.close(open_export(path))
+    prepare_process()
+    with _listen_at(address) as listener:
+        print(f"serving {path} on {listener.getsockname()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                client, _ = listener.accept()
+                threading.Thread(
+                    target=serve_connection, args=(client, path, readonly), name="client", daemon=True
+                ).start()
+    return 0

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from .errors import TestbedError
 
+KEY = "id_ed25519"
+HOST_KEY = "host_ed25519"
+
 
 def make_keys(state_dir: Path) -> bool:
     """Make the lab's own key pair and the host's key if they are missing; tell whether any was made."""
     made = False
     state_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("id_ed25519", "host_ed25519"):
+    for name in (KEY, HOST_KEY):
         path = state_dir / name
         if path.exists() and path.with_suffix(".pub").exists():
             continue
@@ -37,9 +40,9 @@ def make_seed(state_dir: Path) -> bytes:
     Padded to 1 MiB: a disk must not end within the archive's last record.
     """
     files = {
-        "etc/ssh/ssh_host_ed25519_key": (state_dir / "host_ed25519").read_bytes(),
-        "etc/ssh/ssh_host_ed25519_key.pub": (state_dir / "host_ed25519.pub").read_bytes(),
-        "root/.ssh/authorized_keys": (state_dir / "id_ed25519.pub").read_bytes(),
+        "etc/ssh/ssh_host_ed25519_key": (state_dir / HOST_KEY).read_bytes(),
+        "etc/ssh/ssh_host_ed25519_key.pub": (state_dir / f"{HOST_KEY}.pub").read_bytes(),
+        "root/.ssh/authorized_keys": (state_dir / f"{KEY}.pub").read_bytes(),
     }
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -53,9 +56,23 @@ def make_seed(state_dir: Path) -> bytes:
     return buffer.getvalue().ljust(1 << 20, b"\0")
 
 
+def write_all(state_dir: Path, port: int, guests: Sequence[Mapping[str, str]]) -> bool:
+    """Bring every file by which the lab is reached up to date; tell whether any changed."""
+    changed = make_keys(state_dir)
+    files: dict[str, bytes] = {
+        "seed.tar": make_seed(state_dir),
+        "known_hosts": known_hosts(state_dir, port).encode(),
+        "ssh_config": ssh_config(state_dir, port, guests).encode(),
+        "inventory/hosts.yml": inventory(state_dir, guests).encode(),
+    }
+    for name, content in files.items():
+        changed |= write_if_changed(state_dir / name, content)
+    return changed
+
+
 def known_hosts(state_dir: Path, port: int) -> str:
     """Return the line by which ssh knows the host, so that nobody has to trust it at first sight."""
-    algorithm, key = (state_dir / "host_ed25519.pub").read_text().split()[:2]
+    algorithm, key = (state_dir / f"{HOST_KEY}.pub").read_text().split()[:2]
     return f"[127.0.0.1]:{port} {algorithm} {key}\n"
 
 
@@ -63,7 +80,7 @@ def ssh_config(state_dir: Path, port: int, guests: Sequence[Mapping[str, str]]) 
     """Return an ssh config in which `host` and every guest's name just work."""
     common = [
         "User root",
-        f"IdentityFile {state_dir / 'id_ed25519'}",
+        f"IdentityFile {state_dir / KEY}",
         "IdentitiesOnly yes",
         "PreferredAuthentications publickey",
         # The default key exchange takes seconds under emulation.
@@ -83,7 +100,7 @@ def ssh_config(state_dir: Path, port: int, guests: Sequence[Mapping[str, str]]) 
     return "\n".join(blocks)
 
 
-def inventory(state_dir: Path, port: int, guests: Sequence[Mapping[str, str]]) -> str:
+def inventory(state_dir: Path, guests: Sequence[Mapping[str, str]]) -> str:
     """Return an inventory with literal values only: some tools read it without rendering templates."""
     arguments = f"ansible_ssh_common_args: '-F {state_dir / 'ssh_config'}'"
     lines = ["---", "# Written by roles/testbed: changes are lost.", "all:", "  children:"]

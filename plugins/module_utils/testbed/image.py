@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import manifest
+from . import lock, manifest
 from .errors import TestbedError
 from .progress import Progress
 
@@ -46,8 +47,9 @@ class ImageSpec:
 
     def inputs(self) -> dict[str, Any]:
         """Return everything that decides what is in the image: the mirror does not, by intent."""
+        code = "".join(inspect.getsource(part) for part in (_fill, _bootstrap, _take_boot_files))
         return {
-            "builder": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+            "builder": hashlib.sha256(code.encode()).hexdigest()[:12],
             "excludes": list(self.excludes),
             "files": {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in self.files.items()},
             "masked": list(self.masked),
@@ -70,8 +72,15 @@ def build(cache: Path, spec: ImageSpec, progress: Progress) -> Path:
     """
     if os.geteuid() != 0:
         raise TestbedError("building the host image needs root: run it as root, or become root with sudo")
-    cache.mkdir(parents=True, exist_ok=True)
     target = location(cache, spec)
+    with lock.exclusive(cache / "lock", lambda: progress.show("host image: waiting for another build to end")):
+        if manifest.read(target) != spec.inputs():
+            _build(cache, target, spec, progress)
+    progress.done()
+    return target
+
+
+def _build(cache: Path, target: Path, spec: ImageSpec, progress: Progress) -> None:
     _sweep(cache)
     work = Path(tempfile.mkdtemp(prefix=f"{PREFIX}part-", dir=cache))
     try:
@@ -86,8 +95,6 @@ def build(cache: Path, spec: ImageSpec, progress: Progress) -> Path:
         if work.exists():
             _remove(work)
     _prune(cache, keep=target)
-    progress.done()
-    return target
 
 
 def _fill(work: Path, spec: ImageSpec, progress: Progress) -> None:
@@ -125,7 +132,7 @@ def _bootstrap(tree: Path, spec: ImageSpec, progress: Progress) -> None:
             path.chmod(0o755 if text.startswith("#!") else 0o644)
         Path(overlay).chmod(0o755)
         # Before the packages are configured, so that the initramfs is built once, and right.
-        command += [f"--essential-hook=cp -r {overlay}/. \"$1\"/"]
+        command += [f'--essential-hook=cp -r {overlay}/. "$1"/']
         masked = " ".join(spec.masked)
         command += [f'--customize-hook=chroot "$1" systemctl mask --quiet {masked}'] if masked else []
         command += ['--customize-hook=chroot "$1" systemctl enable --quiet systemd-networkd xen9p-seed']
@@ -186,7 +193,8 @@ def _remove(path: Path) -> None:
     mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for point in sorted((m for m in mounted if m.startswith(f"{path}/")), reverse=True):
         subprocess.run(["umount", "--lazy", point], check=False)
-    shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+    if path.exists():
+        shutil.rmtree(path)
 
 
 def _sweep(cache: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -154,17 +155,23 @@ class Vm:
 
     def _command(self, name: str) -> None:
         """Give QEMU one command through its monitor (QMP); a monitor that is gone is no error here."""
-        import socket
-
+        try:
+            here = os.open(self.dir, os.O_PATH | os.O_DIRECTORY)
+        except OSError:
+            return
         try:
             with socket.socket(socket.AF_UNIX) as monitor:
                 monitor.settimeout(3.0)
-                monitor.connect(os.path.relpath(self.dir / "qmp.sock"))
+                # A Unix socket's path has 107 bytes at most, and the state directory may lie deep.
+                monitor.connect(f"/proc/self/fd/{here}/qmp.sock")
                 for command in ("qmp_capabilities", name):
-                    monitor.sendall(json.dumps({"execute": command}).encode())
                     monitor.recv(4096)
+                    monitor.sendall(json.dumps({"execute": command}).encode())
+                monitor.recv(4096)
         except OSError:
             return
+        finally:
+            os.close(here)
 
 
 def qemu_command(spec: VmSpec) -> list[str]:

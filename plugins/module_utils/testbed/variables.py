@@ -1,0 +1,44 @@
+"""Check the variables of an inventory against what the roles declare, before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ENTRY = "main"
+
+
+def declared(roles_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return, for each role, the options of all its entry points by their names.
+
+    Read from `meta/argument_specs.yml`; a role that has none declares nothing.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted(roles_dir.glob("*/meta/argument_specs.y*ml")):
+        specs = (yaml.safe_load(path.read_text()) or {}).get("argument_specs") or {}
+        options: dict[str, dict[str, Any]] = {}
+        for entry in specs.values():
+            options |= (entry or {}).get("options") or {}
+        found[path.parent.parent.name] = options
+    return found
+
+
+def unknown(given: Iterable[str], roles: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a line for each given name that begins like a role's variable and that no role declares."""
+    known = sorted({name for options in roles.values() for name in options})
+    prefixes = tuple(f"{role}_" for role in roles)
+    for name in sorted(set(given)):
+        if not name.startswith(prefixes) or name in known:
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}?" if close else "see docs/reference for the variables of the roles"
+        yield f"unknown variable {name!r}: {hint}"
+
+
+def without_demands(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an option's specification for checking a given value: its defaults and demands are the role's affair."""
+    return {key: value for key, value in spec.items() if key not in {"required", "default", "description"}}

@@ -222,6 +222,14 @@ class Device:
         self._spawn_pending = True
         return [Log("error", f"worker {reason}; a new one in {delay:g} s"), self._timer(delay)]
 
+    def adopted(self) -> None:
+        """A worker of an earlier supervisor serves; it will say when it is ready."""
+        self._worker = True
+
+    def orphaned(self) -> Actions:
+        """Both sides are connected, but the worker died while no supervisor was there."""
+        return self._start()
+
     def detach(self) -> Actions:
         """Somebody wants the device removed."""
         if self.phase is Phase.GONE or self._detaching:

@@ -1,0 +1,206 @@
+"""The xen9p command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from xen9p import __version__, control, policy
+from xen9p.errors import Xen9pError
+
+EXIT_USAGE: Final = 2
+_UNITS: Final = ("B", "K", "M", "G", "T")
+# fmt: off
+_HEAD: Final = (
+    "DEVICE", "GUEST", "TAG", "EXPORT", "ACCESS", "STATE",
+    "WORKER", "REQUESTS", "READ", "WRITTEN", "ERRORS", "FIDS",
+)
+# fmt: on
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where help is."""
+
+    def error(self, message: str) -> Any:
+        print(f"xen9p: error: {message} (see: {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options; the reference in the documentation is generated from this."""
+    top = _Parser(prog="xen9p", description="Files for Xen guests: see and change what xen9pd serves.")
+    top.add_argument("--version", action="version", version=f"xen9p {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    status = commands.add_parser(
+        "status", help="host, guests and devices", description="Show what is served to whom."
+    )
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    _runtime(status)
+
+    attach = commands.add_parser(
+        "attach",
+        help="give a guest an export",
+        description="Attach an export that a rule of the policy allows.",
+    )
+    attach.add_argument("guest", metavar="GUEST", help="name or uuid of a running guest")
+    attach.add_argument("export", metavar="EXPORT", help="name of an export in the policy")
+    attach.add_argument("--tag", default="", help="which rule, if several give this export")
+    attach.add_argument("--ro", action="store_true", help="read-only even if the rule allows writing")
+    _runtime(attach)
+
+    detach = commands.add_parser(
+        "detach",
+        help="take a tag from a guest",
+        description="Detach a device; unmount it in the guest before.",
+    )
+    detach.add_argument("guest", metavar="GUEST", help="name or uuid of a running guest")
+    detach.add_argument("tag", metavar="TAG", help="tag of the device")
+    _runtime(detach)
+
+    rules = commands.add_parser(
+        "policy", help="about the policy file", description="Work with the policy file."
+    )
+    verbs = rules.add_subparsers(dest="verb", metavar="VERB", required=True)
+    check = verbs.add_parser("check", help="say what is wrong with it", description="Check a policy file.")
+    check.add_argument(
+        "file", nargs="?", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="%(default)s"
+    )
+    check.add_argument("--no-paths", action="store_true", help="do not look whether the exports' paths exist")
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a directory on a socket",
+        description="Serve a directory by 9P2000.L without Xen.",
+    )
+    serve.add_argument("--export", required=True, metavar="PATH", help="the directory")
+    serve.add_argument("--ro", action="store_true", help="read-only")
+    where = serve.add_mutually_exclusive_group(required=True)
+    where.add_argument("--unix", metavar="PATH", help="listen on a Unix socket")
+    where.add_argument("--tcp", metavar="HOST:PORT", type=_host_port, help="listen on a TCP port")
+    return top
+
+
+def _runtime(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--runtime-dir",
+        type=Path,
+        default=control.RUNTIME,
+        metavar="DIR",
+        help="of xen9pd; default: %(default)s",
+    )
+
+
+def _host_port(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 if all is well, 1 if it failed, 2 for wrong usage, 78 for a bad policy."""
+    args = build_parser().parse_args(argv)
+    try:
+        return _run(args)
+    except Xen9pError as error:
+        for line in str(error).splitlines():
+            print(f"xen9p: error: {line}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        print(f"xen9p: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    match args.command:
+        case "status":
+            answer = control.ask(control.Status(), args.runtime_dir)
+            del answer["ok"]
+            print(json.dumps(answer, indent=2) if args.json else status_text(answer), flush=True)
+        case "attach":
+            request = control.Attach(args.guest, args.export, args.tag, args.ro)
+            answer = control.ask(request, args.runtime_dir)
+            device = f"{answer['domid']}/{answer['devid']}"
+            print(f"attached {args.export} to {args.guest} as tag {answer['tag']}, device {device}")
+        case "detach":
+            control.ask(control.Detach(args.guest, args.tag), args.runtime_dir)
+            print(f"detached {args.tag} from {args.guest}")
+        case "policy":
+            rules = policy.load(args.file, check_paths=not args.no_paths)
+            print(f"{args.file}: {len(rules.exports)} exports, {len(rules.rules)} rules, all well")
+        case "serve":
+            return _serve(args)
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    # Only this command needs the C data plane.
+    from xen9p.worker import serve_socket  # noqa: PLC0415
+
+    return serve_socket(args.export, args.ro, args.unix or args.tcp)
+
+
+def status_text(answer: dict[str, Any]) -> str:
+    """What `xen9p status` prints: a line for the host, one a guest, one a device."""
+    host = answer["host"]
+    lines = [
+        f"host    Xen {host['xen'] or '?'}, xen9pd {host['version']} (pid {host['pid']}), "
+        f"policy {host['policy']} ({host['rules']} rules)"
+    ]
+    lines += [
+        f"guest   {g['name']} (domain {g['domid']}): {', '.join(g['tags']) or 'no devices'}"
+        for g in answer["guests"]
+    ]
+    if not answer["guests"]:
+        lines.append("guest   none is running")
+    rows = [_device_row(d) for d in answer["devices"]]
+    if rows:
+        lines += ["", *table([_HEAD, *rows], right=6)]
+    lines += [
+        f"failed  {d['guest']} {d['tag']}: {d['reason']}" for d in answer["devices"] if d["phase"] == "failed"
+    ]
+    return "\n".join(lines)
+
+
+def _device_row(d: dict[str, Any]) -> list[str]:
+    pid = d["pid"]
+    numbers = ["-"] * 5
+    if pid is not None:
+        sizes = size(d["read_bytes"]), size(d["written_bytes"])
+        numbers = [str(d["requests"]), *sizes, str(d["errors"]), str(d["fids"])]
+    name = f"{d['domid']}/{d['devid']}"
+    state = "failed" if d["phase"] == "failed" else d["state"]
+    return [name, d["guest"], d["tag"], d["export"], d["access"], state, str(pid or "-"), *numbers]
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1536 -> 1.5K."""
+    value = float(count)
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            return f"{value:.0f}{unit}" if unit == "B" else f"{value:.1f}{unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def table(rows: Sequence[Sequence[str]], right: int) -> list[str]:
+    """Aligned columns, two spaces between them; from column right on they are flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i >= right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

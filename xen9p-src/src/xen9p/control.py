@@ -1,0 +1,196 @@
+"""The conversation between the ``xen9p`` command and the supervisor: JSON lines on a Unix socket.
+
+Requests: {"do": "status"}, {"do": "attach", "guest", "export", "tag", "readonly"}, {"do": "detach", "guest",
+"tag"}, {"do": "reload"}. Each gets one answer: {"ok": true, ...} or {"ok": false, "error", "hint", "exit"}.
+Only root can connect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from xen9p.errors import ControlError, Xen9pError
+from xen9p.jsonlines import BadLineError, Channel, Object, dump, parse
+from xen9p.loop import Loop
+from xen9p.zygote import listen
+
+RUNTIME: Final = Path("/run/xen9p")
+MAX_CLIENTS: Final = 32
+IDLE: Final = 60.0  # seconds that a client may keep a connection open
+
+Answer = Callable[[Object], None]
+Handler = Callable[["Request", Answer], None]
+
+
+def socket_path(runtime: Path = RUNTIME) -> Path:
+    """Where the supervisor listens."""
+    return runtime / "control.sock"
+
+
+# Requests.
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Everything that there is to see."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """Read the policy again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Give a guest an export that the policy allows; tag "" takes the rule's."""
+
+    guest: str
+    export: str
+    tag: str = ""
+    readonly: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """Take a tag from a guest."""
+
+    guest: str
+    tag: str
+
+
+Request = Status | Reload | Attach | Detach
+
+
+def to_wire(request: Request) -> Object:
+    """The JSON object for a request."""
+    match request:
+        case Status():
+            return {"do": "status"}
+        case Reload():
+            return {"do": "reload"}
+        case Attach(guest, export, tag, readonly):
+            return {"do": "attach", "guest": guest, "export": export, "tag": tag, "readonly": readonly}
+        case Detach(guest, tag):
+            return {"do": "detach", "guest": guest, "tag": tag}
+
+
+def from_wire(value: Object) -> Request:
+    """The request in a JSON object; ControlError says what is wrong with it."""
+    match value:
+        case {"do": "status", **rest} if not rest:
+            return Status()
+        case {"do": "reload", **rest} if not rest:
+            return Reload()
+        case {
+            "do": "attach",
+            "guest": str(guest),
+            "export": str(export),
+            "tag": str(tag),
+            "readonly": bool(readonly),
+            **rest,
+        } if not rest:
+            return Attach(guest, export, tag, readonly)
+        case {"do": "detach", "guest": str(guest), "tag": str(tag), **rest} if not rest:
+            return Detach(guest, tag)
+    raise ControlError(f"the supervisor does not understand {value!r:.100}", "are both of one version?")
+
+
+def refusal(error: Xen9pError) -> Object:
+    """The answer for a request that failed."""
+    return {"ok": False, "error": error.message, "hint": error.hint, "exit": error.exit_code}
+
+
+class ControlServer:
+    """The supervisor's end, in its loop.
+
+    Args:
+        handler: gets each request, and a function to answer it with, once, now or later; may raise
+            Xen9pError, which becomes the answer.
+    """
+
+    def __init__(self, loop: Loop, path: Path, handler: Handler) -> None:
+        self._loop = loop
+        self._path = path
+        self._handler = handler
+        self._clients: set[Channel] = set()
+        self._listener = listen(path)
+        self._listener.setblocking(False)
+        loop.add(self._listener, self._accept)
+
+    def close(self) -> None:
+        """Hangs up on everybody and removes the socket."""
+        for channel in list(self._clients):
+            channel.close()
+        self._loop.remove(self._listener)
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            sock, _ = self._listener.accept()
+            if len(self._clients) >= MAX_CLIENTS:
+                sock.close()
+                return
+            self._serve(sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        def received(value: Object) -> None:
+            try:
+                self._handler(from_wire(value), channel.send)
+            except Xen9pError as error:
+                channel.send(refusal(error))
+
+        def gone(_: str = "") -> None:
+            self._loop.cancel(timer)
+            self._clients.discard(channel)
+
+        def idle() -> None:
+            channel.close()
+            self._clients.discard(channel)
+
+        channel = Channel(self._loop, sock, received, gone)
+        timer = self._loop.after(IDLE, idle)
+        self._clients.add(channel)
+
+
+def ask(request: Request, runtime: Path = RUNTIME, timeout: float = 30.0) -> Object:
+    """Sends one request to the supervisor and returns its answer; ControlError if that is a refusal."""
+    path = socket_path(runtime)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    with sock:
+        sock.settimeout(timeout)
+        try:
+            sock.connect(str(path))
+        except PermissionError:
+            raise ControlError(f"no permission to use {path}", "run it as root") from None
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise ControlError(
+                f"xen9pd is not running: nobody listens at {path}", "start it: systemctl start xen9pd"
+            ) from None
+        except OSError as error:
+            raise ControlError(f"{path}: {error.strerror}", "see: systemctl status xen9pd") from None
+        try:
+            sock.sendall(dump(to_wire(request)))
+            with sock.makefile("rb") as lines:
+                answer = parse(lines.readline())
+        except TimeoutError:
+            raise ControlError(
+                f"xen9pd gave no answer within {timeout:g} s", "see: journalctl -u xen9pd"
+            ) from None
+        except (OSError, BadLineError):
+            raise ControlError("xen9pd hung up without an answer", "see: journalctl -u xen9pd") from None
+    if not answer.get("ok"):
+        raise _refused(answer)
+    return answer
+
+
+def _refused(answer: dict[str, Any]) -> ControlError:
+    error = ControlError(str(answer.get("error", "refused")), str(answer.get("hint", "")))
+    if isinstance(code := answer.get("exit"), int):
+        error.exit_code = code  # type: ignore[misc]  # of this one error, not of its class
+    return error

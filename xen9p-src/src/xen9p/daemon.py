@@ -1,0 +1,132 @@
+"""The xen9pd command: one supervisor a host, from its options to its end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from xen9p import __version__, policy
+from xen9p.control import RUNTIME, ControlServer, socket_path
+from xen9p.errors import ControlError, PolicyError, Xen9pError
+from xen9p.loop import Loop
+from xen9p.notify import notify, reloading
+
+log = logging.getLogger("xen9pd")
+
+
+def lock(runtime: Path) -> int:
+    """Takes the lock that only one supervisor holds; the descriptor keeps it. Workers never inherit it."""
+    fd = os.open(runtime / "xen9pd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(fd, 20).decode().strip() or "?"
+        os.close(fd)
+        raise ControlError(
+            f"xen9pd runs already for {runtime} (pid {pid})", "stop that one: systemctl stop xen9pd"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def run(policy_path: Path, runtime: Path) -> int:
+    """The service, until it is told to end. Workers stay; the next supervisor takes them over."""
+    rules = policy.load(policy_path)
+    try:
+        runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock(runtime)
+    except OSError as error:
+        raise ControlError(f"{runtime}: {error.strerror}", "run it as root") from None
+    # Here, so that the options are known where pyxs is not installed.
+    from xen9p.supervisor import Supervisor, xen_version  # noqa: PLC0415
+    from xen9p.workers import Zygote  # noqa: PLC0415
+    from xen9p.xenstore import XenStore  # noqa: PLC0415
+
+    loop = Loop()
+    # Before all else: the zygote must inherit nothing, and no thread may exist.
+    zygote = Zygote(loop)
+    store = XenStore()
+    supervisor = Supervisor(loop, store, zygote, rules, runtime)
+    supervisor.start()
+    control = ControlServer(loop, socket_path(runtime), supervisor.handle)
+
+    def hangup() -> None:
+        reloading()
+        with contextlib.suppress(PolicyError):
+            supervisor.guarded(supervisor.reload)
+        notify("READY=1", supervisor.summary())
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.on_signal(number, loop.stop)
+    loop.on_signal(signal.SIGHUP, hangup)
+    notify("READY=1", supervisor.summary())
+    log.info("xen9pd %s ready: Xen %s, %d rules", __version__, xen_version(), len(rules.rules))
+    loop.run()
+    notify("STOPPING=1")
+    control.close()
+    store.close()
+    return 0
+
+
+class _JournalFormatter(logging.Formatter):
+    """One line a record, with the priority that journald takes off again."""
+
+    _priority: Final = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+
+    def __init__(self, *, journal: bool) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = " ".join(record.getMessage().split())
+        prefix = f"<{self._priority.get(record.levelno, 5)}>" if self._journal else ""
+        return f"{prefix}{record.levelname.lower()}: {text}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of xen9pd; the reference in the documentation is generated from this."""
+    parser = argparse.ArgumentParser(
+        prog="xen9pd", description="Serve directories to Xen guests as the policy says."
+    )
+    parser.add_argument(
+        "--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--runtime-dir", type=Path, default=RUNTIME, metavar="DIR", help="sockets; default: %(default)s"
+    )
+    parser.add_argument("--version", action="version", version=f"xen9pd {__version__}")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The xen9pd command."""
+    args = build_parser().parse_args(argv)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JournalFormatter(journal="JOURNAL_STREAM" in os.environ))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    try:
+        return run(args.policy, args.runtime_dir)
+    except Xen9pError as error:
+        for line in str(error).splitlines():
+            print(f"xen9pd: error: {line}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        log.critical("xen9pd ends: %s", describe(error))
+        return 1
+
+
+def describe(error: BaseException) -> str:
+    """An unforeseen exception as one line, with the place that it came from."""
+    trace: Any = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
+    return f"{type(error).__name__}: {error}{where}"

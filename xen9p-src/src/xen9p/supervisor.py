@@ -1,0 +1,630 @@
+"""xen9pd: watches XenStore, reads the policy, gives guests their devices, keeps a worker for each.
+
+One thread, one loop. It knows guests, XenStore and processes, and nothing of 9P or rings. Whatever goes wrong
+with one guest is logged once and stays with that guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from xen9p import __version__, device, policy, workers, xenbus
+from xen9p.budget import Budget
+from xen9p.control import (
+    Answer,
+    Attach,
+    Detach,
+    Reload,
+    Request,
+    Status,
+    refusal,
+)
+from xen9p.device import Actions, Device, Phase, XenbusState
+from xen9p.errors import ControlError, PolicyError, RefusedError, Xen9pError, XenStoreError
+from xen9p.jsonlines import Object
+from xen9p.loop import Loop
+from xen9p.policy import Grant, Policy
+from xen9p.workers import Worker, Zygote
+from xen9p.xenbus import GuestId, NoGuestError, ViolationError
+from xen9p.xenstore import XenStore, XenStoreErrnoError
+
+log = logging.getLogger("xen9pd")
+
+# A guest's events cost 1 each; what makes directories or processes costs more.
+BURST: Final = 60.0
+RATE: Final = 5.0
+COST_REBUILD: Final = 10.0
+STATS_TIMEOUT: Final = 2.0
+RECONNECT: Final = 2.0
+_STATS: Final = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight")
+_DOMAINS: Final = ("@introduceDomain", "@releaseDomain")
+
+
+class Managed:
+    """A device with all that belongs to it."""
+
+    def __init__(self, owner: Guest, devid: int, grant: Grant, machine: Device) -> None:
+        self.owner = owner
+        self.devid = devid
+        self.grant = grant
+        self.machine = machine
+        self.worker: Worker | None = None
+        self.dirty = False
+        self.timer = 0
+        self.waiters: list[Callable[[], None]] = []
+
+    @property
+    def token(self) -> str:
+        """The watch token of the frontend's state."""
+        return f"{self.owner.id.domid}/{self.devid}"
+
+    def say(self, level: str, text: str) -> None:
+        """One log line about this device."""
+        who = self.owner.id
+        line = f"guest={who.name} device={self.token} tag={self.grant.tag} {text}"
+        log.log(logging.getLevelName(level.upper()), "%s", line)
+
+
+class Guest:
+    """A guest with its devices."""
+
+    def __init__(self, who: GuestId) -> None:
+        self.id = who
+        self.devices: dict[int, Managed] = {}
+        self.budget = Budget(BURST, RATE, time.monotonic())
+        self.detached: set[str] = set()  # tags that somebody took away by hand: not given again by rule
+        self.refused: set[str] = set()  # problems logged already
+        self.waiting = False
+
+    def by_tag(self, tag: str) -> Managed | None:
+        """The guest's device with that tag."""
+        return next((d for d in self.devices.values() if d.grant.tag == tag), None)
+
+
+class Supervisor:
+    """The one supervisor of a host."""
+
+    def __init__(self, loop: Loop, store: XenStore, zygote: Zygote, rules: Policy, runtime: Path) -> None:
+        self.loop = loop
+        self.store = store
+        self.zygote = zygote
+        self.policy = rules
+        self.runtime = runtime
+        self.guests: dict[int, Guest] = {}
+        self._watched_fd = -1
+        self._resync_timer = 0
+
+    # XenStore as a whole.
+
+    def start(self) -> None:
+        """Takes over what is there, and gives every guest what it lacks."""
+        for special in _DOMAINS:
+            self.store.watch(special, special)
+        self._follow_store()
+        self._adopt()
+        self.rescan()
+
+    def _follow_store(self) -> None:
+        """Has the loop read the current connection."""
+        fd = self.store.fileno()
+        if fd != self._watched_fd:
+            self._forget_store()
+            self.loop.add(fd, self._store_ready)
+            self._watched_fd = fd
+
+    def _forget_store(self) -> None:
+        if self._watched_fd >= 0:
+            with contextlib.suppress(KeyError, ValueError):
+                self.loop.remove(self._watched_fd)
+            self._watched_fd = -1
+
+    def _store_ready(self) -> None:
+        self.guarded(self._handle_events)
+
+    def _handle_events(self) -> None:
+        for path, token in self.store.events():
+            if token in _DOMAINS:
+                self.rescan()
+            else:
+                self._device_event(path, token)
+
+    def guarded(self, work: Callable[[], None]) -> None:
+        """Runs work; if XenStore breaks under it, connects anew and looks at everything again."""
+        try:
+            work()
+        except Xen9pError as error:
+            self._recover(error)
+        self._drain_soon()
+
+    def _recover(self, error: Xen9pError) -> None:
+        """Logs what went wrong, and has everything looked at again."""
+        log.error("%s", error)
+        if isinstance(error, XenStoreError) and not isinstance(error, XenStoreErrnoError):
+            self._forget_store()
+            self.store.close()
+        # An errno is a node that vanished or was refused between two looks; the next look sorts it out.
+        self._resync_later()
+
+    def _drain_soon(self) -> None:
+        # Events that arrived while a request waited for its answer make no descriptor readable.
+        if self.store.pending and self.store.connected:
+            self.loop.after(0, self._store_ready)
+
+    def _resync_later(self) -> None:
+        if not self._resync_timer:
+            self._resync_timer = self.loop.after(RECONNECT, self._resync)
+
+    def _resync(self) -> None:
+        self._resync_timer = 0
+
+        def work() -> None:
+            self.store.connect()
+            self._follow_store()
+            self.rescan()
+            for guest in list(self.guests.values()):
+                for managed in list(guest.devices.values()):
+                    self._look(managed)
+
+        self.guarded(work)
+
+    # Guests.
+
+    def rescan(self) -> None:
+        """Compares the guests that are there with those that we know."""
+        present = {g.domid: g for g in xenbus.guests(self.store)}
+        for domid, guest in list(self.guests.items()):
+            if present.get(domid) is None or present[domid].uuid != guest.id.uuid:
+                self._guest_gone(guest)
+        for domid, who in present.items():
+            if domid not in self.guests:
+                self.guests[domid] = Guest(who)
+                log.info("guest=%s domain=%d seen", who.name, domid)
+            self.give(self.guests[domid])
+
+    def give(self, guest: Guest) -> None:
+        """Attaches what the policy gives this guest by itself and it does not have."""
+        for grant in self.policy.resolve(guest.id.name, guest.id.uuid):
+            if not grant.auto or grant.tag in guest.detached or guest.by_tag(grant.tag) is not None:
+                continue
+            problems = policy.path_problems(policy.Export(grant.export, grant.path))
+            for problem in problems:
+                self._say_once(guest, f"tag={grant.tag} not attached: {problem}")
+            if problems:
+                continue
+            try:
+                self.attach(guest, grant)
+            except NoGuestError:
+                return
+
+    def _say_once(self, guest: Guest, text: str) -> None:
+        if text not in guest.refused:
+            guest.refused.add(text)
+            log.error("guest=%s %s", guest.id.name, text)
+
+    def _guest_gone(self, guest: Guest) -> None:
+        log.info("guest=%s domain=%d gone", guest.id.name, guest.id.domid)
+        del self.guests[guest.id.domid]
+        for managed in list(guest.devices.values()):
+            self._perform(managed, managed.machine.domain_gone())
+
+    # Devices.
+
+    def attach(self, guest: Guest, grant: Grant) -> Managed:
+        """Makes a new device for a guest and waits for its frontend. NoGuestError if it has gone."""
+        used = xenbus.used_devids(self.store, guest.id.domid) | set(guest.devices)
+        devid = next(n for n in range(len(used) + 1) if n not in used)
+        managed = Managed(guest, devid, grant, Device())
+        xenbus.create(self.store, guest.id, devid, grant)
+        guest.devices[devid] = managed
+        managed.say("info", f"attached export={grant.export} access={_access(grant)} path={grant.path}")
+        self._watch(managed)
+        return managed
+
+    def _watch(self, managed: Managed) -> None:
+        front = xenbus.frontend_path(managed.owner.id.domid, managed.devid)
+        self.store.watch(f"{front}/state", managed.token)
+
+    def _find(self, token: str) -> Managed | None:
+        domid, _, devid = token.partition("/")
+        guest = self.guests.get(int(domid))
+        return guest.devices.get(int(devid)) if guest else None
+
+    def _device_event(self, path: str, token: str) -> None:
+        managed = self._find(token)
+        # The guest may write beneath its state node; that says nothing.
+        if managed is not None and path.endswith("/state"):
+            managed.dirty = True
+            self._serve_guest(managed.owner)
+
+    def _serve_guest(self, guest: Guest) -> None:
+        """Looks at the guest's devices that changed, as far as its budget goes, the rest later."""
+        for managed in list(guest.devices.values()):
+            if not managed.dirty:
+                continue
+            wait = guest.budget.take(1, time.monotonic())
+            if wait:
+                if not guest.waiting:
+                    guest.waiting = True
+                    self.loop.after(wait, partial(self._serve_late, guest))
+                return
+            self._look(managed)
+
+    def _serve_late(self, guest: Guest) -> None:
+        guest.waiting = False
+        if self.guests.get(guest.id.domid) is guest:
+            self.guarded(partial(self._serve_guest, guest))
+
+    def _look(self, managed: Managed) -> None:
+        managed.dirty = False
+        who = managed.owner.id
+        state = xenbus.state(self.store, xenbus.frontend_path(who.domid, managed.devid))
+        if state is None and xenbus.uuid_of(self.store, who.domid) != who.uuid:
+            self.rescan()
+            return
+        self._perform(managed, managed.machine.frontend_state(state))
+
+    def _perform(self, managed: Managed, actions: Actions) -> None:
+        """Does what the state machine says."""
+        for action in actions:
+            match action:
+                case device.Log(level, text):
+                    managed.say(level, text)
+                case device.Publish(state):
+                    self._publish(managed, state)
+                case device.ReadRings():
+                    self._read_rings(managed)
+                case device.Spawn(rings):
+                    self._spawn(managed, rings)
+                case device.Stop() | device.Kill():
+                    if managed.worker is not None:
+                        managed.worker.stop() if isinstance(action, device.Stop) else managed.worker.kill()
+                case device.Timer(seconds, epoch):
+                    self._set_timer(managed, seconds, epoch)
+                case device.Recreate():
+                    self._recreate(managed)
+                case device.Remove():
+                    self._remove(managed)
+
+    def _read_rings(self, managed: Managed) -> None:
+        try:
+            rings = xenbus.read_rings(self.store, managed.owner.id.domid, managed.devid)
+        except ViolationError as error:
+            self._perform(managed, managed.machine.violation(error.message))
+        else:
+            self._perform(managed, managed.machine.rings(rings))
+
+    def _publish(self, managed: Managed, state: XenbusState) -> None:
+        domid, devid = managed.owner.id.domid, managed.devid
+        if self.guests.get(domid) is not managed.owner:
+            return
+        if managed.machine.phase is Phase.FAILED:
+            xenbus.note_failed(self.store, domid, devid, managed.machine.reason)
+        xenbus.publish(self.store, domid, devid, state)
+        if state == XenbusState.CONNECTED:
+            managed.say("info", f"connected worker={managed.worker.pid if managed.worker else '-'}")
+        elif state == XenbusState.CLOSED:
+            managed.say("info", "closed")
+
+    def _set_timer(self, managed: Managed, seconds: float, epoch: int) -> None:
+        def fire() -> None:
+            self.guarded(lambda: self._perform(managed, managed.machine.timer(epoch)))
+
+        self.loop.cancel(managed.timer)
+        managed.timer = self.loop.after(seconds, fire)
+
+    def _recreate(self, managed: Managed) -> None:
+        guest = managed.owner
+        wait = guest.budget.take(COST_REBUILD, time.monotonic())
+        if wait:
+            managed.timer = self.loop.after(wait, lambda: self.guarded(lambda: self._recreate(managed)))
+            return
+        if managed.machine.phase is not Phase.WAITING or self.guests.get(guest.id.domid) is not guest:
+            return
+        try:
+            xenbus.create(self.store, guest.id, managed.devid, managed.grant)
+        except NoGuestError:
+            self.rescan()
+
+    def _remove(self, managed: Managed) -> None:
+        guest = managed.owner
+        front = xenbus.frontend_path(guest.id.domid, managed.devid)
+        self.loop.cancel(managed.timer)
+        if guest.devices.get(managed.devid) is managed:
+            del guest.devices[managed.devid]
+        successor = self.guests.get(guest.id.domid)
+        # A new guest under the same number may have a device of the same number already.
+        if successor is None or managed.devid not in successor.devices:
+            self.store.unwatch(f"{front}/state", managed.token)
+            xenbus.remove(self.store, guest.id, managed.devid)
+        managed.say("info", "removed")
+        for waiter in managed.waiters:
+            waiter()
+
+    # Workers.
+
+    def _new_worker(self, managed: Managed) -> Worker:
+        def ready() -> None:
+            self.guarded(lambda: self._perform(managed, managed.machine.worker_ready()))
+
+        def gone(last: str, reason: str) -> None:
+            managed.worker = None
+            machine = managed.machine
+            if last in ("failed", "ended"):
+                actions = machine.worker_failed(reason)
+            elif last == "stopped" and machine.phase is not Phase.STOPPING:
+                actions = machine.worker_gone(time.monotonic(), "stopped unasked")
+            else:
+                actions = machine.worker_gone(time.monotonic(), f"died ({reason})" if reason else "died")
+            self.guarded(lambda: self._perform(managed, actions))
+
+        path = workers.socket_path(self.runtime, managed.owner.id.domid, managed.devid)
+        managed.worker = Worker(self.loop, path, ready, gone)
+        return managed.worker
+
+    def _spawn(self, managed: Managed, rings: tuple[device.Ring, ...]) -> None:
+        who, grant = managed.owner.id, managed.grant
+        worker = self._new_worker(managed)
+        request: Object = {
+            "domid": who.domid,
+            "devid": managed.devid,
+            "guest": who.name,
+            "uuid": who.uuid,
+            "tag": grant.tag,
+            "export": grant.export,
+            "path": str(grant.path),
+            "readonly": grant.readonly,
+            "rings": [{"ref": r.ref, "port": r.port} for r in rings],
+            "socket": str(workers.socket_path(self.runtime, who.domid, managed.devid)),
+        }
+        self.zygote.spawn(worker, request)
+
+    # After a restart of ours.
+
+    def _adopt(self) -> None:
+        """Takes over devices and workers that an earlier supervisor left; clears away what nobody needs."""
+        found = {w.device: w for w in workers.find(self.runtime)}
+        present = {g.domid: g for g in xenbus.guests(self.store)}
+        for left in xenbus.left_devices(self.store):
+            who = present.get(left.domid)
+            worker = found.get((left.domid, left.devid))
+            if who is None or left.uuid != who.uuid or not left.grant.tag:
+                xenbus.remove(self.store, GuestId(left.domid, "?", left.uuid or "?"), left.devid)
+                log.info("domain=%d device=%d of a guest that has gone: removed", left.domid, left.devid)
+                continue
+            if worker is not None and worker.hello.get("uuid") != who.uuid:
+                worker = None
+            guest = self.guests.setdefault(left.domid, Guest(who))
+            self._adopt_device(guest, left, worker)
+            if worker is not None:
+                del found[left.domid, left.devid]
+        for stray in found.values():
+            log.warning("worker pid=%d serves nobody: stopped", stray.pid)
+            end = Worker(self.loop, stray.path, lambda: None, lambda *_: None)
+            end.adopt(stray.pid, stray.sock, stray.hello)
+            end.stop()
+            self.loop.after(device.STOP_TIMEOUT, end.kill)
+
+    def _adopt_device(self, guest: Guest, left: xenbus.Left, found: workers.Found | None) -> None:
+        published = XenbusState(left.state) if left.state in list(XenbusState) else XenbusState.CLOSED
+        rings: tuple[device.Ring, ...] = ()
+        if left.failed:
+            phase = Phase.FAILED
+        elif found is not None:
+            phase = Phase.STARTING
+        elif published == XenbusState.INIT_WAIT:
+            phase = Phase.WAITING
+        elif published == XenbusState.CONNECTED:
+            phase = Phase.STARTING
+        else:
+            phase = Phase.CLOSED
+        problem = ""
+        if phase is Phase.STARTING:
+            try:
+                rings = xenbus.read_rings(self.store, left.domid, left.devid)
+            except ViolationError as error:
+                problem = error.message
+        machine = Device(phase, published, rings)
+        machine.reason = left.failed
+        managed = Managed(guest, left.devid, left.grant, machine)
+        guest.devices[left.devid] = managed
+        if found is not None:
+            managed.say("info", f"taken over worker={found.pid}")
+            machine.adopted()
+            self._new_worker(managed).adopt(found.pid, found.sock, found.hello)
+        elif problem:
+            self._perform(managed, machine.violation(problem))
+        elif phase is Phase.STARTING:
+            managed.say("warning", "its worker died while no supervisor was there; starting another")
+            self._perform(managed, machine.orphaned())
+        self._watch(managed)
+
+    # Control.
+
+    def handle(self, request: Request, answer: Answer) -> None:
+        """Answers one request of the xen9p command; raises what is to be said to it."""
+        try:
+            self._handle(request, answer)
+        except XenStoreError as error:
+            self._recover(error)
+            raise
+        finally:
+            self._drain_soon()
+
+    def _handle(self, request: Request, answer: Answer) -> None:
+        match request:
+            case Status():
+                self._collect(lambda: answer({"ok": True, **self.status()}))
+            case Reload():
+                self.reload()
+                answer({"ok": True, "rules": len(self.policy.rules)})
+            case Attach():
+                self._attach_by_hand(request, answer)
+            case Detach():
+                self._detach_by_hand(request, answer)
+
+    def reload(self) -> None:
+        """Reads the policy again. A bad one changes nothing and raises PolicyError."""
+        try:
+            self.policy = policy.load(Path(self.policy.source))
+        except PolicyError as error:
+            for line in error.message.splitlines():
+                log.error("policy not reloaded: %s", line)
+            raise
+        log.info("policy reloaded: %d rules", len(self.policy.rules))
+        for guest in list(self.guests.values()):
+            guest.refused.clear()
+            self.give(guest)
+
+    def _named(self, name: str) -> Guest:
+        found = [g for g in self.guests.values() if g.id.name == name or g.id.uuid == name.lower()]
+        if not found:
+            there = ", ".join(sorted(g.id.name for g in self.guests.values())) or "none"
+            raise ControlError(f"no guest {name} is running", f"running guests: {there}")
+        return max(found, key=lambda g: g.id.domid)
+
+    def _attach_by_hand(self, request: Attach, answer: Answer) -> None:
+        guest = self._named(request.guest)
+        grants = self.policy.resolve(guest.id.name, guest.id.uuid)
+        grants = [g for g in grants if g.export == request.export and request.tag in ("", g.tag)]
+        if not grants:
+            what = f"export {request.export}" + (f" as tag {request.tag}" if request.tag else "")
+            raise RefusedError(
+                f"the policy gives guest {guest.id.name} no {what}",
+                f"add a rule to {self.policy.source} and run: systemctl reload xen9pd",
+            )
+        grant = next((g for g in grants if guest.by_tag(g.tag) is None), grants[0])
+        if request.readonly:
+            grant = Grant(grant.export, grant.path, grant.tag, True, grant.auto)
+        for problem in policy.path_problems(policy.Export(grant.export, grant.path)):
+            raise ControlError(problem)
+
+        def attach() -> None:
+            guest.detached.discard(grant.tag)
+            try:
+                made = self.attach(guest, grant)
+            except NoGuestError as error:
+                answer(refusal(error))
+                return
+            answer({"ok": True, "domid": guest.id.domid, "devid": made.devid, "tag": grant.tag})
+
+        old = guest.by_tag(grant.tag)
+        if old is None:
+            attach()
+        elif old.machine.phase is Phase.FAILED:
+            old.waiters.append(attach)
+            self._perform(old, old.machine.detach())
+        else:
+            raise ControlError(
+                f"guest {guest.id.name} has tag {grant.tag} already",
+                f"to attach it anew: xen9p detach {guest.id.name} {grant.tag}",
+            )
+
+    def _detach_by_hand(self, request: Detach, answer: Answer) -> None:
+        guest = self._named(request.guest)
+        managed = guest.by_tag(request.tag)
+        if managed is None:
+            tags = ", ".join(sorted(d.grant.tag for d in guest.devices.values())) or "none"
+            raise ControlError(f"guest {guest.id.name} has no tag {request.tag}", f"its tags: {tags}")
+        guest.detached.add(request.tag)
+        managed.waiters.append(lambda: answer({"ok": True}))
+        self._perform(managed, managed.machine.detach())
+
+    def _collect(self, done: Callable[[], None]) -> None:
+        """Fetches fresh stats of all workers, then calls done; those that are slow keep their old ones."""
+        missing = 0
+        finished = False
+        timer = 0
+
+        def finish() -> None:
+            nonlocal finished
+            if not finished:
+                finished = True
+                self.loop.cancel(timer)
+                done()
+
+        def one() -> None:
+            nonlocal missing
+            missing -= 1
+            if missing == 0:
+                finish()
+
+        for guest in self.guests.values():
+            for managed in guest.devices.values():
+                if managed.worker is not None and managed.worker.ask_stats(one):
+                    missing += 1
+        if missing:
+            timer = self.loop.after(STATS_TIMEOUT, finish)
+        else:
+            finish()
+
+    def summary(self) -> str:
+        """How much there is, for systemctl status."""
+        count = sum(len(g.devices) for g in self.guests.values())
+        return f"STATUS={len(self.guests)} guests, {count} devices"
+
+    def status(self) -> Object:
+        """Host, guests and devices, with the stats of the last time they were asked for."""
+        guests = [self.guests[domid] for domid in sorted(self.guests)]
+        return {
+            "host": {
+                "version": __version__,
+                "xen": xen_version(),
+                "pid": os.getpid(),
+                "zygote": self.zygote.pid,
+                "policy": self.policy.source,
+                "rules": len(self.policy.rules),
+                "xenstore": self.store.connected,
+            },
+            "guests": [
+                {
+                    "domid": g.id.domid,
+                    "name": g.id.name,
+                    "uuid": g.id.uuid,
+                    "tags": sorted(d.grant.tag for d in g.devices.values()),
+                }
+                for g in guests
+            ],
+            "devices": [_device_status(d) for g in guests for _, d in sorted(g.devices.items())],
+        }
+
+
+def _access(grant: Grant) -> str:
+    return "ro" if grant.readonly else "rw"
+
+
+def _device_status(managed: Managed) -> Object:
+    who, grant, machine, worker = managed.owner.id, managed.grant, managed.machine, managed.worker
+    known = machine.frontend in list(XenbusState) or machine.frontend is None
+    return {
+        "domid": who.domid,
+        "devid": managed.devid,
+        "guest": who.name,
+        "tag": grant.tag,
+        "export": grant.export,
+        "path": str(grant.path),
+        "access": _access(grant),
+        "state": XenbusState.named(machine.published).lower(),
+        "frontend": XenbusState.named(machine.frontend).lower() if known else str(machine.frontend),
+        "phase": machine.phase.value,
+        "reason": machine.reason,
+        "pid": worker.pid if worker else None,
+        **dict.fromkeys(_STATS, 0),
+        **(worker.stats if worker else {}),
+    }
+
+
+def xen_version() -> str:
+    """The hypervisor's version as it says itself, "" where there is none."""
+    folder = Path("/sys/hypervisor/version")
+    try:
+        major, minor, extra = ((folder / n).read_text().strip() for n in ("major", "minor", "extra"))
+    except OSError:
+        return ""
+    return f"{major}.{minor}{extra}"

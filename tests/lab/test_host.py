@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from conftest import GUESTS, TAGS, Dom0
+from lab import GUESTS, TAGS, Dom0
 
 
 def test_it_is_dom0_of_a_real_xen(dom0: Dom0) -> None:
     assert dom0.out("cat /sys/hypervisor/type").strip() == "xen"
     assert "control_d" in dom0.out("cat /proc/xen/capabilities")
-    info = dict(line.split(":", 1) for line in dom0.out("xl info").splitlines() if ":" in line)
-    assert info["xen_version         " if "xen_version         " in info else "xen_version            "].strip()
+    assert "xen_version" in dom0.out("xl info")
 
 
 def test_the_store_is_btrfs(dom0: Dom0) -> None:
@@ -51,7 +50,9 @@ def test_status_shows_every_device(dom0: Dom0) -> None:
 
 def test_the_policy_is_checked(dom0: Dom0) -> None:
     assert dom0.run("xen9p policy check").rc == 0
-    result = dom0.run("printf 'version = 1\\n[exports.x]\\npath = \"/nowhere\"\\n' > /tmp/bad.toml; xen9p policy check /tmp/bad.toml")
+    result = dom0.run(
+        "printf 'version = 1\\n[exports.x]\\npath = \"/nowhere\"\\n' > /tmp/bad.toml; xen9p policy check /tmp/bad.toml"
+    )
     dom0.run("rm -f /tmp/bad.toml")
     assert result.rc == 78
     assert "/nowhere" in result.stderr

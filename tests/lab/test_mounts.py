@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import GUESTS, guest_host
+from lab import GUESTS, guest_host
 
 EACH_GUEST = pytest.mark.parametrize("guest", GUESTS)
 MSIZE = 512 * 1024

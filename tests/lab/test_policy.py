@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import BACKEND, Dom0, guest_host, wait_until
+from lab import BACKEND, Dom0, guest_host, wait_until
 
 MOUNT = "mount -t 9p -o trans=xen,version=9p2000.L,msize=524288"
 
@@ -44,7 +44,6 @@ def test_unknown_things_are_named(dom0: Dom0) -> None:
 
 def test_a_forged_aname_is_refused(dom0: Dom0) -> None:
     g1 = guest_host("g1")
-    dom0.out("xen9p detach g1 course") if False else None
     result = g1.run(f"mkdir -p /mnt/x; {MOUNT},aname=/srv/xen9p/guests/g2 home /mnt/x")
     g1.run("umount /mnt/x; rmdir /mnt/x")
     assert result.rc != 0
@@ -75,11 +74,13 @@ def test_a_rule_added_while_guests_run(dom0: Dom0) -> None:
     """A new export and rule reach a running guest by a reload; taking them away again disturbs no mount."""
     g1 = guest_host("g1")
     pids = {t: dom0.device("g1", t)["pid"] for t in ("root", "home", "course")}  # type: ignore[index]
-    dom0.out("mkdir -p /srv/xen9p/extra && echo extra > /srv/xen9p/extra/f && cp /etc/xen9p/policy.toml /tmp/policy.keep")
+    dom0.out(
+        "mkdir -p /srv/xen9p/extra && echo extra > /srv/xen9p/extra/f && cp /etc/xen9p/policy.toml /tmp/policy.keep"
+    )
     try:
         dom0.out(
-            "printf '\\n[exports.extra]\\npath = \"/srv/xen9p/extra\"\\n[[rules]]\\nguest = \"g1\"\\nexport = \"extra\"\\n"
-            "tag = \"extra\"\\naccess = \"rw\"\\nattach = \"auto\"\\n' >> /etc/xen9p/policy.toml && systemctl reload xen9pd"
+            'printf \'\\n[exports.extra]\\npath = "/srv/xen9p/extra"\\n[[rules]]\\nguest = "g1"\\nexport = "extra"\\n'
+            'tag = "extra"\\naccess = "rw"\\nattach = "auto"\\n\' >> /etc/xen9p/policy.toml && systemctl reload xen9pd'
         )
         wait_until("the new device is connected", lambda: dom0.connected("g1", "extra"), 30)
         g1.check_output(f"mkdir -p /mnt/extra && {MOUNT},cache=none extra /mnt/extra")
@@ -87,7 +88,9 @@ def test_a_rule_added_while_guests_run(dom0: Dom0) -> None:
         g1.check_output("echo back > /mnt/extra/g && umount /mnt/extra")
         assert dom0.out("cat /srv/xen9p/extra/g").strip() == "back"
     finally:
-        dom0.run("xen9p detach g1 extra; cp /tmp/policy.keep /etc/xen9p/policy.toml; systemctl reload xen9pd; rm -rf /srv/xen9p/extra")
+        dom0.run(
+            "xen9p detach g1 extra; cp /tmp/policy.keep /etc/xen9p/policy.toml; systemctl reload xen9pd; rm -rf /srv/xen9p/extra"
+        )
     assert {t: dom0.device("g1", t)["pid"] for t in pids} == pids  # type: ignore[index]
 
 

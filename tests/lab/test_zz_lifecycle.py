@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import BACKEND, GUESTS, TAGS, Dom0, drop_connection, guest_answers, guest_host, wait_until
+from lab import BACKEND, GUESTS, TAGS, Dom0, drop_connection, guest_answers, guest_host, wait_until
 
 BOOT = 150.0  # seconds that a guest may take under emulation while the other one runs
 
@@ -29,7 +29,9 @@ def comes_back(dom0: Dom0, guest: str, other_than: int | None) -> None:
 
 def assert_no_trace(dom0: Dom0, domid: int) -> None:
     """No domain (not even a zombie), XenStore node, process or socket is left of it."""
-    wait_until(f"domain {domid} is gone", lambda: not re.search(rf"^\S+\s+{domid}\s", dom0.out("xl list"), re.M), 30)
+    wait_until(
+        f"domain {domid} is gone", lambda: not re.search(rf"^\S+\s+{domid}\s", dom0.out("xl list"), re.M), 30
+    )
     wait_until("its backends are gone", lambda: dom0.backends(domid) == [], 20)
     assert dom0.run(f"xenstore-list {BACKEND}/{domid}").rc != 0
     assert dom0.run(f"ls /run/xen9p/ | grep -E '^worker-{domid}-'").stdout == ""
@@ -46,7 +48,11 @@ def test_a_killed_worker_is_replaced_and_the_others_never_notice(dom0: Dom0) -> 
     g1 = guest_host("g1")
     pids = {t: dom0.device("g1", t)["pid"] for t in TAGS}  # type: ignore[index]
     dom0.out(f"kill -9 {pids['home']}")
-    wait_until("a new worker serves", lambda: dom0.connected("g1", "home") and dom0.device("g1", "home")["pid"] not in (None, pids["home"]), 30)  # type: ignore[index]
+    wait_until(
+        "a new worker serves",
+        lambda: dom0.connected("g1", "home") and dom0.device("g1", "home")["pid"] not in (None, pids["home"]),
+        30,
+    )  # type: ignore[index]
     assert dom0.device("g1", "root")["pid"] == pids["root"]  # type: ignore[index]
     # The fids died with the worker, so the guest mounts anew; the ring is the same.
     g1.check_output("umount -l /home; mount /home && echo alive > /home/alive && rm /home/alive")
@@ -59,7 +65,9 @@ def test_a_restarted_supervisor_adopts_its_workers(dom0: Dom0) -> None:
     dom0.out("systemctl restart xen9pd")
     wait_until("the supervisor answers", lambda: dom0.run("xen9p status").rc == 0, 30)
     assert {(d["guest"], d["tag"]): d["pid"] for d in dom0.status()["devices"]} == pids
-    wait_until("the writer has ended", lambda: dom0.out("wc -l < /srv/xen9p/home/during").strip() == "100", 60)
+    wait_until(
+        "the writer has ended", lambda: dom0.out("wc -l < /srv/xen9p/home/during").strip() == "100", 60
+    )
     dom0.out("rm /srv/xen9p/home/during")
 
 
@@ -83,11 +91,21 @@ page[{offset}:{offset + 4}] = struct.pack("=I", {value})
     g2 = guest_host("g2")
     g2.run("timeout 5 ls /course")  # makes the ring busy
     if offset == 128:
-        assert dom0.connected("g2", "course"), "the order was copied when the ring was mapped; later lies do nothing"
+        assert dom0.connected("g2", "course"), (
+            "the order was copied when the ring was mapped; later lies do nothing"
+        )
         return
-    wait_until("the device is ended", lambda: (dom0.device("g2", "course") or {"state": "closed"})["state"] != "connected", 20)
+    wait_until(
+        "the device is ended",
+        lambda: (dom0.device("g2", "course") or {"state": "closed"})["state"] != "connected",
+        20,
+    )
     assert dom0.run(f"test -d /proc/{device['pid']}").rc != 0
-    left = {(d["guest"], d["tag"]): d["pid"] for d in dom0.status()["devices"] if (d["guest"], d["tag"]) != ("g2", "course")}
+    left = {
+        (d["guest"], d["tag"]): d["pid"]
+        for d in dom0.status()["devices"]
+        if (d["guest"], d["tag"]) != ("g2", "course")
+    }
     assert left == {k: v for k, v in pids.items() if k != ("g2", "course")}
     log = dom0.out("journalctl -u xen9pd --no-pager -n 50")
     assert len([line for line in log.splitlines() if "out of range" in line]) == 1

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import memory_session, serve_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serving import Served, memory_session, serve_memory
 from xen9p import codec
 from xen9p.client import Client
 from xen9p.dataplane import Verdict
@@ -121,8 +121,6 @@ def test_contradicting_indices_are_refused() -> None:
 
 def test_a_dead_worker_is_replaced_on_the_same_ring(export: Path) -> None:
     """The indices live in the shared page: a second backend goes on where the first stopped."""
-    from conftest import Served  # noqa: PLC0415
-
     ring = MemoryRing(4)
     transport = MemoryRingTransport(ring)
     for round_ in range(3):

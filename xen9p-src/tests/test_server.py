@@ -10,10 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import Session, memory_session, socket_session
 
-from xen9p import codec
+from serving import Served, Session, memory_session, serve_memory, socket_session
+from xen9p import codec, server
+from xen9p.client import Client
 from xen9p.dataplane import Limits
+from xen9p.transport.memory import MemoryRingTransport
 
 FILE_SIZES = (0, 1, 4095, 4096, 32767, 32768, 65536, 200_000)
 
@@ -115,7 +117,7 @@ def test_symlinks_are_never_followed(session: Session) -> None:
         session.client.walk(session.root, b"dir", b"outside")
     with refused(errno.EOPNOTSUPP):
         session.client.setattr(fid, mode=0o777)
-    with pytest.raises(OSError, match="."):
+    with pytest.raises(OSError, match=r"."):
         session.client.lcreate(session.client.walk(session.root), b"up", os.O_RDWR | os.O_TRUNC)
     assert (session.served.path.parent / "outside").read_text() == "secret"
 
@@ -322,8 +324,6 @@ def test_replies_find_their_requests(session: Session) -> None:
 
 def test_a_slow_request_holds_up_nobody(export: Path) -> None:
     """A mkdir that waits (its handler is held) is overtaken by the reads behind it."""
-    from xen9p import server  # noqa: PLC0415
-
     hold = threading.Event()
     with memory_session(export) as session:
         fid = make(session, b"f", b"x")
@@ -359,11 +359,6 @@ def test_many_clients_on_one_directory(export: Path) -> None:
 
 
 def test_two_rings_share_their_fids(export: Path) -> None:
-    from conftest import serve_memory  # noqa: PLC0415
-
-    from xen9p.client import Client  # noqa: PLC0415
-    from xen9p.transport.memory import MemoryRingTransport  # noqa: PLC0415
-
     (export / "f").write_text("both")
     with serve_memory(export, rings=2) as (rings, _):
         first, root = Client.connect(MemoryRingTransport(rings[1]))
@@ -377,8 +372,6 @@ def test_two_rings_share_their_fids(export: Path) -> None:
 
 def test_the_peer_hangs_up(export: Path) -> None:
     ours, theirs = socket.socketpair()
-    from conftest import Served  # noqa: PLC0415
-
     served = Served(export)
     served.device.add_stream(theirs)
     served.start()

@@ -116,7 +116,10 @@ class DataPlane:
 
     def add_memory_ring(self, page: Any, data: Any, order: int, wait_fd: int, notify_fd: int) -> None:
         """Serves a ring in memory (transport.memory); page and data are writable buffers."""
-        page, data = ffi.from_buffer(page, require_writable=True), ffi.from_buffer(data, require_writable=True)
+        page, data = (
+            ffi.from_buffer(page, require_writable=True),
+            ffi.from_buffer(data, require_writable=True),
+        )
         self._keep += [page, data]
         page, data = ffi.cast("uint8_t *", page), ffi.cast("uint8_t *", data)
         self._check(lib.x9_dev_add_memory_ring(self._dev, page, data, order, wait_fd, notify_fd))

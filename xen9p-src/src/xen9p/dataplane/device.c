@@ -502,15 +502,13 @@ static void handle(struct x9_call *call)
         finish(dev, X9_PROTOCOL, "message of type %u is a reply, sent to the server", call->type);
         return;
     }
-    if (__atomic_load_n(&dev->live, __ATOMIC_RELAXED)) {
-        pthread_mutex_lock(&dev->lock);
-        struct x9_req *other = find_live(dev, call->tag);
-        bool twice = other && !other->replying;
-        pthread_mutex_unlock(&dev->lock);
-        if (twice) {
-            finish(dev, X9_PROTOCOL, "tag %u is in use already", call->tag);
-            return;
-        }
+    pthread_mutex_lock(&dev->lock);
+    struct x9_req *other = find_live(dev, call->tag);
+    bool twice = other && !other->replying;
+    pthread_mutex_unlock(&dev->lock);
+    if (twice) {
+        finish(dev, X9_PROTOCOL, "tag %u is in use already", call->tag);
+        return;
     }
     if (!fs_is_known(call->type))
         result = EOPNOTSUPP;

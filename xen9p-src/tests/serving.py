@@ -1,0 +1,107 @@
+"""Serving a directory to a client in this process, over each transport that needs no Xen."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from xen9p import server
+from xen9p.client import Client
+from xen9p.dataplane import DataPlane, Limits, Verdict
+from xen9p.transport.memory import MemoryRing, MemoryRingTransport
+from xen9p.transport.stream_client import SocketTransport
+
+
+class Served:
+    """A device that serves a directory in a thread, until stopped."""
+
+    def __init__(self, path: Path, readonly: bool = False, limits: Limits | None = None) -> None:
+        self.path = path
+        self.device = DataPlane(os.open(path, os.O_RDONLY | os.O_DIRECTORY), readonly, limits)
+        self.verdict: Verdict | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        self.verdict = self.device.run(server.serve)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, timeout: float = 10.0) -> Verdict:
+        """Waits for the device to end by itself."""
+        self._thread.join(timeout)
+        assert self.verdict is not None, "the device still serves"
+        return self.verdict
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self.device.stop()
+        self.join()
+        self.device.close()
+
+
+@dataclass
+class Session:
+    """A client with the root attached, and what serves it."""
+
+    client: Client
+    root: int
+    served: Served
+
+
+@contextmanager
+def serve_memory(
+    path: Path,
+    *,
+    rings: int = 1,
+    order: int = 5,
+    readonly: bool = False,
+    limits: Limits | None = None,
+    start_at: int = 0,
+) -> Iterator[tuple[list[MemoryRing], Served]]:
+    """Serves path over rings in memory whose indices start at start_at."""
+    made = [MemoryRing(order) for _ in range(rings)]
+    served = Served(path, readonly, limits)
+    for ring in made:
+        ring.start_at(start_at)
+        ring.serve_with(served.device)
+    served.start()
+    try:
+        yield made, served
+    finally:
+        served.close()
+        for ring in made:
+            ring.close()
+
+
+@contextmanager
+def memory_session(path: Path, **options: object) -> Iterator[Session]:
+    with serve_memory(path, **options) as (rings, served):  # type: ignore[arg-type]
+        client, root = Client.connect(MemoryRingTransport(rings[0]))
+        try:
+            yield Session(client, root, served)
+        finally:
+            client.close()
+
+
+@contextmanager
+def socket_session(path: Path, readonly: bool = False, limits: Limits | None = None) -> Iterator[Session]:
+    ours, theirs = socket.socketpair()
+    served = Served(path, readonly, limits)
+    served.device.add_stream(theirs)
+    served.start()
+    client, root = Client.connect(SocketTransport(ours))
+    try:
+        yield Session(client, root, served)
+    finally:
+        client.close()
+        served.close()
+        theirs.close()
+
+
+OPENERS: dict[str, Callable[..., object]] = {"memory": memory_session, "socket": socket_session}

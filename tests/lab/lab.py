@@ -61,6 +61,15 @@ class Dom0:
         found: dict[str, Any] = json.loads(self.out("xen9p status --json"))
         return found
 
+    def pid(self, guest: str, tag: str) -> int | None:
+        """The worker's process id, while the device has one."""
+        device = self.device(guest, tag)
+        return device["pid"] if device else None
+
+    def pids(self) -> dict[tuple[str, str], int | None]:
+        """The workers of all devices, by guest and tag."""
+        return {(d["guest"], d["tag"]): d["pid"] for d in self.status()["devices"]}
+
     def device(self, guest: str, tag: str) -> dict[str, Any] | None:
         """One device of the status, if there is one."""
         found = [d for d in self.status()["devices"] if (d["guest"], d["tag"]) == (guest, tag)]
@@ -78,14 +87,12 @@ class Dom0:
 
     def backends(self, domid: int) -> list[str]:
         """The device ids that our backend has for a domain."""
-        return self.run(f"xenstore-list {BACKEND}/{domid}").stdout.split()
+        return str(self.run(f"xenstore-list {BACKEND}/{domid}").stdout).split()
 
 
 def guest_answers(guest: str) -> bool:
     """Whether ssh into the guest works (a new connection: the kept one may be to a guest that is gone)."""
-    command = (
-        f"ssh -F {STATE}/ssh_config -o ControlMaster=no -o ControlPath=none -o ConnectTimeout=8 {guest} true"
-    )
+    command = f"ssh -F {STATE}/ssh_config -o ControlMaster=no -o ControlPath=none -o ConnectTimeout=8 {guest} true"
     return bool(testinfra.get_host("local://").run(command).rc == 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lab import BACKEND, GUESTS, TAGS, Dom0, guest_host
 
 EACH = pytest.mark.parametrize(("guest", "tag"), [(g, t) for g in GUESTS for t in TAGS])

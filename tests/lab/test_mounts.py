@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lab import GUESTS, guest_host
 
 EACH_GUEST = pytest.mark.parametrize("guest", GUESTS)

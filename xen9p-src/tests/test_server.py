@@ -7,13 +7,15 @@ import os
 import socket
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from serving import Served, Session, memory_session, serve_memory, socket_session
 from xen9p import codec, server
 from xen9p.client import Client
-from xen9p.dataplane import Limits
+from xen9p.dataplane import DataPlane, Limits
 from xen9p.transport.memory import MemoryRingTransport
 
 FILE_SIZES = (0, 1, 4095, 4096, 32767, 32768, 65536, 200_000)
@@ -321,24 +323,48 @@ def test_replies_find_their_requests(session: Session) -> None:
         assert replies[tag].data == bytes((tag + i) % 256 for i in range(8))  # type: ignore[attr-defined]
 
 
+@contextmanager
+def slow_mkdir() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Tmkdir waits in its handler: (set when one has begun, to be set when it may go on)."""
+    begun, go_on = threading.Event(), threading.Event()
+    original = server._HANDLERS[codec.Tmkdir]
+
+    def wait(device: DataPlane, message: codec.Message) -> codec.Message:
+        begun.set()
+        go_on.wait(10)
+        return original(device, message)
+
+    server._HANDLERS[codec.Tmkdir] = wait
+    try:
+        yield begun, go_on
+    finally:
+        go_on.set()
+        server._HANDLERS[codec.Tmkdir] = original
+
+
 def test_a_slow_request_holds_up_nobody(export: Path) -> None:
-    """A mkdir that waits (its handler is held) is overtaken by the reads behind it."""
-    hold = threading.Event()
-    with memory_session(export) as session:
+    with slow_mkdir() as (begun, go_on), memory_session(export) as session:
         fid = make(session, b"f", b"x")
-        original = server._HANDLERS[codec.Tmkdir]
-        server._HANDLERS[codec.Tmkdir] = lambda device, msg: (hold.wait(10), original(device, msg))[1]
-        try:
-            session.client.send_raw(codec.encode(codec.Tmkdir(session.root, b"d", 0o755, 0), 900))
-            assert session.client.read(fid, 0, 1) == b"x"
-            session.client.send_raw(codec.encode(codec.Tflush(900), 901))
-            assert session.client.read(fid, 0, 1) == b"x"
-            hold.set()
-            tags = [codec.decode(session.client.recv_raw())[0] for _ in range(2)]
-            assert tags == [900, 901], "a flushed request that runs is answered before its Rflush"
-        finally:
-            hold.set()
-            server._HANDLERS[codec.Tmkdir] = original
+        session.client.send_raw(codec.encode(codec.Tmkdir(session.root, b"d", 0o755, 0), 900))
+        assert begun.wait(10)
+        assert session.client.read(fid, 0, 1) == b"x"
+        session.client.send_raw(codec.encode(codec.Tflush(900), 901))
+        assert session.client.read(fid, 0, 1) == b"x"
+        go_on.set()
+        tags = [codec.decode(session.client.recv_raw())[0] for _ in range(2)]
+        assert tags == [900, 901], "a flushed request that runs is answered before its Rflush"
+
+
+def test_a_flushed_request_that_waits_is_never_run(export: Path) -> None:
+    with slow_mkdir() as (begun, go_on), memory_session(export, limits=Limits(python_threads=1)) as session:
+        session.client.send_raw(codec.encode(codec.Tmkdir(session.root, b"first", 0o755, 0), 900))
+        assert begun.wait(10)
+        session.client.send_raw(codec.encode(codec.Tmkdir(session.root, b"second", 0o755, 0), 901))
+        session.client.flush(901)
+        go_on.set()
+        assert codec.decode(session.client.recv_raw())[0] == 900
+        session.client.statfs(session.root)
+        assert os.listdir(export) == ["first"]
 
 
 def test_many_clients_on_one_directory(export: Path) -> None:

@@ -1,6 +1,6 @@
 """Rings in shared memory, with eventfds in place of event channels: the layout and the code of the Xen rings, no Xen.
 
-Source of the layout: xen.git docs/misc/9pfs.pandoc. Used by the tests and by whoever wants to learn from a ring at rest.
+Source of the layout: xen.git docs/misc/9pfs.pandoc. For the tests, and for whoever wants to learn from a ring at rest.
 """
 
 from __future__ import annotations

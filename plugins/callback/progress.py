@@ -104,7 +104,9 @@ class CallbackModule(CallbackBase):
         for host in sorted(stats.processed):
             counts = stats.summarize(host)
             bad = counts["failures"] or counts["unreachable"]
-            color = constants.COLOR_ERROR if bad else constants.COLOR_CHANGED if counts["changed"] else constants.COLOR_OK
+            color = (
+                constants.COLOR_ERROR if bad else constants.COLOR_CHANGED if counts["changed"] else constants.COLOR_OK
+            )
             self._say(
                 f"{host:<20} : ok={counts['ok']} changed={counts['changed']} unreachable={counts['unreachable']} "
                 f"failed={counts['failures']} skipped={counts['skipped']} rescued={counts['rescued']} "
@@ -234,6 +236,8 @@ class CallbackModule(CallbackBase):
         for role, _, seconds in self._tasks:
             roles[role] += seconds
         self._say("\nTIME")
+        for seconds, name in _earlier_steps():
+            self._say(f"  {_span(seconds):>7}  {name}")
         for role, seconds in roles.items():
             self._say(f"  {_span(seconds):>7}  {role}")
         slow = sorted(self._tasks, key=lambda task: task[2], reverse=True)[:SLOWEST]
@@ -242,6 +246,15 @@ class CallbackModule(CallbackBase):
             self._say("  slowest tasks:")
         for role, name, seconds in slow:
             self._say(f"  {_span(seconds):>7}  {role} : {name}")
+
+
+def _earlier_steps() -> list[tuple[float, str]]:
+    """Return what tools/bootstrap did before this run, with its seconds."""
+    try:
+        lines = Path(os.environ["XEN9P_STEPS"]).read_text().splitlines()
+        return [(float(line.split()[0]), line.partition(" ")[2]) for line in lines if line]
+    except (KeyError, OSError, ValueError):
+        return []
 
 
 def _span(seconds: float) -> str:
@@ -255,7 +268,9 @@ def _reason(data: dict[str, Any]) -> str:
     for item in data.get("results", []):
         if isinstance(item, dict) and item.get("failed"):
             return _reason(item)
-    output = [line for key in ("stderr", "module_stderr", "stdout") for line in str(data.get(key) or "").splitlines()[-1:]]
+    output = [
+        line for key in ("stderr", "module_stderr", "stdout") for line in str(data.get(key) or "").splitlines()[-1:]
+    ]
     last = next((line.strip() for line in output if line.strip()), "")
     if not message or message.startswith(("non-zero return code", "MODULE FAILURE", "Module result")):
         command = data.get("cmd")

@@ -77,7 +77,9 @@ def main() -> None:
 
 def start(machine: vm.Vm, values: dict[str, Any]) -> list[str]:
     """Bring up what is missing and return it in words."""
-    done = ["keys and ssh config written"] if access.write_all(machine.dir, values["ssh_port"], values["guests"]) else []
+    done = (
+        ["keys and ssh config written"] if access.write_all(machine.dir, values["ssh_port"], values["guests"]) else []
+    )
     old = machine.recorded()
     # What runs was chosen before: the probe for KVM is for a machine that is about to start.
     if old is not None and machine.pid() is not None and values["accelerator"] in {"auto", old.accelerator}:
@@ -94,7 +96,8 @@ def start(machine: vm.Vm, values: dict[str, Any]) -> list[str]:
         store_size=values["store_size"],
         ssh_port=values["ssh_port"],
     )
-    return done + machine.start(spec)
+    done += machine.start(spec)
+    return done
 
 
 if __name__ == "__main__":

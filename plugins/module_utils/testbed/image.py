@@ -163,7 +163,12 @@ def _run(command: Sequence[str], progress: Progress | None = None, prefix: str =
     shown = 0.0
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+            text=True,
         )
     except FileNotFoundError as error:
         raise TestbedError(f"{command[0]} is not installed: run `make lab`, or install it with apt") from error

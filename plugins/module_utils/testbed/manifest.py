@@ -43,7 +43,9 @@ def changes(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[str]:
     """Say in words which inputs differ: `suite: bookworm -> trixie`, `packages: +fio -strace`."""
     if old is None:
         return ["nothing in the cache yet"]
-    return [_difference(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return [
+        _difference(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+    ]
 
 
 def _difference(key: str, old: Any, new: Any) -> str:

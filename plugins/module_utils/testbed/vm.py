@@ -198,7 +198,12 @@ def qemu_command(spec: VmSpec) -> list[str]:
 def _disk(file: str, form: str, serial: str) -> list[str]:
     name, _, options = serial.partition(",")
     drive = f"file={file},format={form},if=none,id={name},cache=unsafe,discard=unmap"
-    return ["-drive", f"{drive},{options}".rstrip(","), "-device", f"virtio-blk-pci,drive={name},serial={name}"]
+    return [
+        "-drive",
+        f"{drive},{options}".rstrip(","),
+        "-device",
+        f"virtio-blk-pci,drive={name},serial={name}",
+    ]
 
 
 def _gone(pid: int, timeout: float) -> bool:

@@ -1,0 +1,65 @@
+# The commands of this project. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+PLAYBOOK := .venv/bin/ansible-playbook
+# More for ansible-playbook: make lab ARGS="-e testbed_memory=6144"
+ARGS ?=
+LAB ?= lab
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export XEN9P_STEPS := $(CURDIR)/.lab/steps
+
+.PHONY: help
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+.PHONY: lab
+lab: ## stand up the whole lab: Xen host, store, backend, guests
+	@tools/bootstrap lab
+	@$(PLAYBOOK) site.yml $(ARGS)
+
+.PHONY: check
+check: ## lint, types, unit tests, documentation
+	@tools/bootstrap check
+	@$(PYTHON) tools/check.py
+
+.PHONY: test
+test: ## check, and then everything again on nested Xen, from nothing (Molecule)
+	@tools/bootstrap lab
+	@$(PYTHON) tools/check.py --molecule
+
+.PHONY: verify
+verify: ## the tests of the lab that stands
+	@tools/bootstrap check
+	@XEN9P_LAB=$(LAB) .venv/bin/pytest tests/lab --junit-xml=junit-lab.xml $(ARGS)
+
+.PHONY: bench-quick
+bench-quick: ## our backend and QEMU's side by side, on the lab that stands
+	@tools/bootstrap check
+	@$(PLAYBOOK) playbooks/bench.yml $(ARGS)
+
+.PHONY: docs
+docs: ## build the documentation into site/
+	@tools/bootstrap check
+	@.venv/bin/mkdocs build --strict
+
+.PHONY: stop
+stop: ## shut the testbed down; make lab starts it again
+	@$(PLAYBOOK) playbooks/stop.yml $(ARGS)
+
+.PHONY: reset
+reset: ## the testbed on fresh disks
+	@tools/bootstrap lab
+	@$(PLAYBOOK) playbooks/reset.yml $(ARGS)
+
+.PHONY: teardown
+teardown: ## remove the testbed; only the cache stays
+	@$(PLAYBOOK) playbooks/teardown.yml $(ARGS)
+
+.PHONY: lock
+lock: ## resolve requirements.in anew into requirements.txt
+	@/usr/bin/python3 -m venv --clear .lab/lock-venv
+	@.lab/lock-venv/bin/pip install --quiet -r requirements.in
+	@{ echo '# Pinned by `make lock` from requirements.in: do not edit.'; .lab/lock-venv/bin/pip freeze; } >requirements.txt
+	@rm -rf .lab/lock-venv

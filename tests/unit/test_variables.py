@@ -1,0 +1,58 @@
+"""A typo in a variable is one line with the closest name, before anything is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from testbed import variables
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROLES = {
+    "guest": {"guest_memory": {"type": "int"}},
+    "xen_host": {"xen_host_bridge": {"type": "str"}},
+    "store": {},
+}
+
+
+def test_declared_names_and_foreign_names_pass() -> None:
+    given = ["guest_memory", "xen_host_bridge", "ansible_host", "guests", "storehouse", "groups"]
+    assert list(variables.unknown(given, ROLES)) == []
+
+
+def test_a_typo_gets_the_closest_name() -> None:
+    assert list(variables.unknown(["guest_memmory"], ROLES)) == [
+        "unknown variable 'guest_memmory': did you mean 'guest_memory'?"
+    ]
+
+
+def test_a_name_like_no_other_gets_a_place_to_look() -> None:
+    (line,) = variables.unknown(["store_zzzzzz"], ROLES)
+    assert line.startswith("unknown variable 'store_zzzzzz': see ")
+
+
+def test_declarations_come_from_all_entry_points(tmp_path: Path) -> None:
+    meta = tmp_path / "store" / "meta"
+    meta.mkdir(parents=True)
+    specs = {
+        "main": {"options": {"store_a": {"type": "str"}}},
+        "grow": {"options": {"store_b": {"type": "int"}}},
+    }
+    (meta / "argument_specs.yml").write_text(yaml.safe_dump({"argument_specs": specs}))
+    assert set(variables.declared(tmp_path)["store"]) == {"store_a", "store_b"}
+
+
+def test_every_default_of_every_role_is_declared() -> None:
+    roles = variables.declared(REPOSITORY / "roles")
+    for path in sorted(REPOSITORY.glob("roles/*/defaults/main.yml")):
+        role = path.parent.parent.name
+        defaults = set(yaml.safe_load(path.read_text()) or {})
+        assert defaults <= set(roles[role]), f"{role}: not in meta/argument_specs.yml"
+        assert all(name.startswith(f"{role}_") for name in defaults), f"{role}: a default without the role's prefix"
+
+
+def test_every_variable_of_the_inventories_is_declared() -> None:
+    roles = variables.declared(REPOSITORY / "roles")
+    for path in sorted(REPOSITORY.glob("inventory/*/group_vars/*.yml")):
+        assert list(variables.unknown(yaml.safe_load(path.read_text()) or {}, roles)) == [], path

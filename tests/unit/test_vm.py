@@ -1,0 +1,82 @@
+"""The machine's state directory, its command line, and what leads into it."""
+
+from __future__ import annotations
+
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import yaml
+
+from testbed import access, vm
+from testbed.errors import TestbedError
+from testbed.progress import Progress
+from testbed.wait import wait_for_ssh
+
+SPEC = vm.VmSpec("lab", "/cache/host-1", "tcg", 2, 4096, 1536, 20, 2222)
+GUESTS = [{"name": "g1", "address": "10.9.0.11"}]
+
+
+def test_a_stale_pid_file_is_no_machine(tmp_path: Path) -> None:
+    machine = vm.Vm(tmp_path)
+    assert machine.pid() is None
+    # A process lives under this number, but it is no QEMU of ours.
+    (tmp_path / "qemu.pid").write_text("1\n")
+    assert machine.pid() is None
+    assert machine.stop() is False
+
+
+def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
+    machine = vm.Vm(tmp_path)
+    (tmp_path / "vm.json").write_text('{"name": "lab"}')
+    assert machine.recorded() is None
+
+
+def test_remove_leaves_nothing(tmp_path: Path) -> None:
+    state = tmp_path / "lab"
+    access.write_if_changed(state / "inventory" / "hosts.yml", b"---\n")
+    machine = vm.Vm(state)
+    assert machine.remove() is True
+    assert list(tmp_path.iterdir()) == []
+    assert machine.remove() is False
+
+
+def test_waiting_for_a_dead_machine_ends_at_once(tmp_path: Path) -> None:
+    (tmp_path / "console.log").write_text("(XEN) Panic on CPU 0:\r\n")
+    with pytest.raises(TestbedError, match=r"last words: .*Panic on CPU 0"):
+        wait_for_ssh(vm.Vm(tmp_path), 1, 60, Progress(None))
+
+
+def test_emulation_uses_the_processor_that_works() -> None:
+    command = vm.qemu_command(SPEC)
+    assert vm.TCG_CPU in command
+    assert "user,id=net,hostfwd=tcp:127.0.0.1:2222-:22" in command
+    assert "host" in vm.qemu_command(vm.VmSpec(**{**vars(SPEC), "accelerator": "kvm"}))
+
+
+def test_keys_are_made_once_and_the_seed_carries_them(tmp_path: Path) -> None:
+    assert access.write_all(tmp_path, 2222, GUESTS) is True
+    assert access.write_all(tmp_path, 2222, GUESTS) is False
+    with tarfile.open(fileobj=BytesIO((tmp_path / "seed.tar").read_bytes())) as archive:
+        key = archive.extractfile("root/.ssh/authorized_keys")
+        assert key is not None
+        assert key.read() == (tmp_path / "id_ed25519.pub").read_bytes()
+        assert archive.getmember("etc/ssh/ssh_host_ed25519_key").mode == 0o600
+    assert (tmp_path / "known_hosts").read_text().startswith("[127.0.0.1]:2222 ssh-ed25519 ")
+
+
+def test_the_inventory_is_literal(tmp_path: Path) -> None:
+    text = access.inventory(tmp_path, GUESTS)
+    groups = yaml.safe_load(text)["all"]["children"]
+    assert list(groups["xen_hosts"]["hosts"]) == ["host"]
+    assert list(groups["guests"]["hosts"]) == ["g1"]
+    assert "{{" not in text
+
+
+def test_guests_are_reached_through_the_host(tmp_path: Path) -> None:
+    text = access.ssh_config(tmp_path, 2299, GUESTS)
+    host, guest = text.split("\n\n") if "\n\n" in text else text.split("Host g1")
+    assert "Port 2299" in host
+    assert "ProxyJump host" in guest
+    assert "HostName 10.9.0.11" in guest

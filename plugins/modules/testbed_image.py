@@ -45,6 +45,12 @@ steps: {type: list, returned: when built, description: What was done and the sec
 """
 
 
+def sources(suite: str) -> list[str]:
+    """Return where the controller itself gets this release from, or at least the archive that it uses."""
+    archive = mirror.debian_mirror(suite)
+    return mirror.debian_sources(suite) or ([archive] if archive else [])
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -65,7 +71,7 @@ def main() -> None:
     cache = Path(values["cache_dir"])
     spec = image.ImageSpec(
         suite=values["suite"],
-        mirror=values["mirror"] or mirror.debian_mirror(values["suite"]),
+        sources=[values["mirror"]] if values["mirror"] else sources(values["suite"]),
         packages=values["packages"],
         excludes=values["excludes"],
         masked=values["masked_units"],

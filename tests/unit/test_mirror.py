@@ -55,6 +55,16 @@ def test_another_release_uses_the_same_archive(tmp_path: Path) -> None:
     assert mirror.debian_mirror("trixie", *machine) == "http://mirror.example/debian"
 
 
+def test_all_sources_of_the_release(tmp_path: Path) -> None:
+    machine = controller(tmp_path, debian_sources=DEB822)
+    assert mirror.debian_sources("bookworm", *machine) == [
+        "deb http://mirror.example/debian bookworm main",
+        "deb http://mirror.example/debian bookworm-updates main",
+        "deb http://mirror.example/debian-security bookworm-security main",
+    ]
+    assert mirror.debian_sources("trixie", *machine) == []
+
+
 def test_vendors_are_not_debian(tmp_path: Path) -> None:
     machine = controller(tmp_path, vendor_list="deb http://vendor.example/apt stable main\n")
     assert mirror.debian_mirror("bookworm", *machine) is None

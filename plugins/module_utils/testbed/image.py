@@ -35,10 +35,10 @@ EPOCH = "1700000000"
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What goes into an image. `size_mib` is the size of the root filesystem in MiB."""
+    """What goes into an image. *sources* are mirrors or lines for apt, none for mmdebstrap's own; size in MiB."""
 
     suite: str
-    mirror: str | None
+    sources: Sequence[str]
     packages: Sequence[str]
     excludes: Sequence[str]
     masked: Sequence[str]
@@ -46,7 +46,7 @@ class ImageSpec:
     size_mib: int
 
     def inputs(self) -> dict[str, Any]:
-        """Return everything that decides what is in the image: the mirror does not, by intent."""
+        """Return everything that decides what is in the image: where it comes from does not, by intent."""
         code = "".join(inspect.getsource(part) for part in (_fill, _bootstrap, _take_boot_files))
         return {
             "builder": hashlib.sha256(code.encode()).hexdigest()[:12],
@@ -136,7 +136,7 @@ def _bootstrap(tree: Path, spec: ImageSpec, progress: Progress) -> None:
         masked = " ".join(spec.masked)
         command += [f'--customize-hook=chroot "$1" systemctl mask --quiet {masked}'] if masked else []
         command += ['--customize-hook=chroot "$1" systemctl enable --quiet systemd-networkd xen9p-seed']
-        command += [spec.suite, str(tree)] + ([spec.mirror] if spec.mirror else [])
+        command += [spec.suite, str(tree), *spec.sources]
         _run(command, progress=progress, prefix="host image: ")
 
 

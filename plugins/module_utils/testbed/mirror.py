@@ -27,6 +27,20 @@ def debian_mirror(
     return found[0][0] if found else None
 
 
+def debian_sources(
+    suite: str, apt_dir: Path = Path("/etc/apt"), os_release: Path = Path("/etc/os-release")
+) -> list[str]:
+    """Return apt's lines for *suite* with the updates and security fixes that the controller itself uses.
+
+    Empty when the controller is not Debian, or gets another release: then the tool's own choice is better.
+    """
+    if "debian" not in _os_ids(os_release):
+        return []
+    wanted = (suite, f"{suite}-updates", f"{suite}-security")
+    found = {name: uri for uri, name, components in _sources(apt_dir) if name in wanted and "main" in components}
+    return [f"deb {found[name]} {name} main" for name in wanted if name in found] if suite in found else []
+
+
 def _is_debian_archive(uri: str) -> bool:
     """Tell the distribution's own archive from a vendor's, which also may have a component `main`."""
     return uri.rstrip("/").endswith("/debian")

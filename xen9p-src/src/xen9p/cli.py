@@ -36,9 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"xen9p {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    status = commands.add_parser(
-        "status", help="host, guests and devices", description="Show what is served to whom."
-    )
+    status = commands.add_parser("status", help="host, guests and devices", description="Show what is served to whom.")
     status.add_argument("--json", action="store_true", help="as one JSON object")
     _runtime(status)
 
@@ -62,14 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     detach.add_argument("tag", metavar="TAG", help="tag of the device")
     _runtime(detach)
 
-    rules = commands.add_parser(
-        "policy", help="about the policy file", description="Work with the policy file."
-    )
+    rules = commands.add_parser("policy", help="about the policy file", description="Work with the policy file.")
     verbs = rules.add_subparsers(dest="verb", metavar="VERB", required=True)
     check = verbs.add_parser("check", help="say what is wrong with it", description="Check a policy file.")
-    check.add_argument(
-        "file", nargs="?", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="%(default)s"
-    )
+    check.add_argument("file", nargs="?", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="%(default)s")
     check.add_argument("--no-paths", action="store_true", help="do not look whether the exports' paths exist")
 
     serve = commands.add_parser(
@@ -159,17 +153,14 @@ def status_text(answer: dict[str, Any]) -> str:
         f"policy {host['policy']} ({host['rules']} rules)"
     ]
     lines += [
-        f"guest   {g['name']} (domain {g['domid']}): {', '.join(g['tags']) or 'no devices'}"
-        for g in answer["guests"]
+        f"guest   {g['name']} (domain {g['domid']}): {', '.join(g['tags']) or 'no devices'}" for g in answer["guests"]
     ]
     if not answer["guests"]:
         lines.append("guest   none is running")
     rows = [_device_row(d) for d in answer["devices"]]
     if rows:
         lines += ["", *table([_HEAD, *rows], right=6)]
-    lines += [
-        f"failed  {d['guest']} {d['tag']}: {d['reason']}" for d in answer["devices"] if d["phase"] == "failed"
-    ]
+    lines += [f"failed  {d['guest']} {d['tag']}: {d['reason']}" for d in answer["devices"] if d["phase"] == "failed"]
     return "\n".join(lines)
 
 

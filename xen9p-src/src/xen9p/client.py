@@ -45,9 +45,7 @@ class Client:
         self._free_fids: list[int] = []
 
     @classmethod
-    def connect(
-        cls, transport: Transport, aname: bytes = b"", msize: int = DEFAULT_MSIZE
-    ) -> tuple[Client, int]:
+    def connect(cls, transport: Transport, aname: bytes = b"", msize: int = DEFAULT_MSIZE) -> tuple[Client, int]:
         """A client with its version agreed, and the root fid of the tree named aname."""
         client = cls(transport, msize)
         client.version()
@@ -130,9 +128,7 @@ class Client:
             raise
         return afid
 
-    def attach(
-        self, uname: bytes = b"", aname: bytes = b"", n_uname: int = 0, afid: int = codec.NOFID
-    ) -> int:
+    def attach(self, uname: bytes = b"", aname: bytes = b"", n_uname: int = 0, afid: int = codec.NOFID) -> int:
         """The fid of a tree's root, for the user with uid n_uname."""
         fid = self.new_fid()
         try:
@@ -174,9 +170,7 @@ class Client:
             raise ProtocolError(f"Rwalk has {len(qids)} qids for {len(names)} names")
         if len(qids) < len(names):
             # The server stopped on the way: newfid does not exist.
-            raise FileNotFoundError(
-                errno.ENOENT, "Twalk: No such file or directory", os.fsdecode(names[len(qids)])
-            )
+            raise FileNotFoundError(errno.ENOENT, "Twalk: No such file or directory", os.fsdecode(names[len(qids)]))
         return qids
 
     def lopen(self, fid: int, flags: int = os.O_RDONLY) -> int:
@@ -276,9 +270,7 @@ class Client:
         """A symbolic link's target."""
         return self._call(codec.Treadlink(fid), codec.Rreadlink).target
 
-    def mknod(
-        self, dfid: int, name: bytes, mode: int, *, major: int = 0, minor: int = 0, gid: int = 0
-    ) -> Qid:
+    def mknod(self, dfid: int, name: bytes, mode: int, *, major: int = 0, minor: int = 0, gid: int = 0) -> Qid:
         """Makes a device node, FIFO or socket; mode has the type bits."""
         return self._call(codec.Tmknod(dfid, name, mode, major, minor, gid), codec.Rmknod).qid
 

@@ -179,9 +179,7 @@ def ask(request: Request, runtime: Path = RUNTIME, timeout: float = 30.0) -> Obj
             with sock.makefile("rb") as lines:
                 answer = parse(lines.readline())
         except TimeoutError:
-            raise ControlError(
-                f"xen9pd gave no answer within {timeout:g} s", "see: journalctl -u xen9pd"
-            ) from None
+            raise ControlError(f"xen9pd gave no answer within {timeout:g} s", "see: journalctl -u xen9pd") from None
         except (OSError, BadLineError):
             raise ControlError("xen9pd hung up without an answer", "see: journalctl -u xen9pd") from None
     if not answer.get("ok"):

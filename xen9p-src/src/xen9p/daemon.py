@@ -59,9 +59,12 @@ def run(policy_path: Path, runtime: Path) -> int:
     control = ControlServer(loop, socket_path(runtime), supervisor.handle)
 
     def hangup() -> None:
+        def reload() -> None:
+            with contextlib.suppress(PolicyError):
+                supervisor.reload()
+
         reloading()
-        with contextlib.suppress(PolicyError):
-            supervisor.guarded(supervisor.reload)
+        supervisor.guarded(reload)
         notify("READY=1", supervisor.summary())
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -93,12 +96,8 @@ class _JournalFormatter(logging.Formatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of xen9pd; the reference in the documentation is generated from this."""
-    parser = argparse.ArgumentParser(
-        prog="xen9pd", description="Serve directories to Xen guests as the policy says."
-    )
-    parser.add_argument(
-        "--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s"
-    )
+    parser = argparse.ArgumentParser(prog="xen9pd", description="Serve directories to Xen guests as the policy says.")
+    parser.add_argument("--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s")
     parser.add_argument(
         "--runtime-dir", type=Path, default=RUNTIME, metavar="DIR", help="sockets; default: %(default)s"
     )

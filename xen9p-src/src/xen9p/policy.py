@@ -254,9 +254,7 @@ class _Parser:
                 hint = _closest(key, keys) or f"known here: {', '.join(keys)}"
                 self.problems.append(f'{where}: unknown key "{key}" ({hint})')
 
-    def _string(
-        self, table: Mapping[str, Any], key: str, where: str, default: str | None = None
-    ) -> str | None:
+    def _string(self, table: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str | None:
         value = table.get(key, default)
         if isinstance(value, str) and value:
             return value

@@ -394,6 +394,9 @@ class Supervisor:
         for left in xenbus.left_devices(self.store):
             who = present.get(left.domid)
             worker = found.get((left.domid, left.devid))
+            if who is not None and not left.uuid:
+                log.warning("guest=%s device=%d/%d is not ours: left alone", who.name, left.domid, left.devid)
+                continue
             if who is None or left.uuid != who.uuid or not left.grant.tag:
                 xenbus.remove(self.store, GuestId(left.domid, "?", left.uuid or "?"), left.devid)
                 log.info("domain=%d device=%d of a guest that has gone: removed", left.domid, left.devid)
@@ -471,8 +474,9 @@ class Supervisor:
 
     def reload(self) -> None:
         """Reads the policy again. A bad one changes nothing and raises PolicyError."""
+        old = self.policy
         try:
-            self.policy = policy.load(Path(self.policy.source))
+            self.policy = policy.load(Path(old.source))
         except PolicyError as error:
             for line in error.message.splitlines():
                 log.error("policy not reloaded: %s", line)
@@ -480,6 +484,10 @@ class Supervisor:
         log.info("policy reloaded: %d rules", len(self.policy.rules))
         for guest in list(self.guests.values()):
             guest.refused.clear()
+            # What somebody took away stays away, unless the policy says something new about it.
+            before = old.resolve(guest.id.name, guest.id.uuid)
+            after = self.policy.resolve(guest.id.name, guest.id.uuid)
+            guest.detached -= {grant.tag for grant in after if grant not in before}
             self.give(guest)
 
     def _named(self, name: str) -> Guest:

@@ -41,9 +41,7 @@ class Worker:
             "" for none) and the reason that it gave.
     """
 
-    def __init__(
-        self, loop: Loop, path: Path, ready: Callable[[], None], gone: Callable[[str, str], None]
-    ) -> None:
+    def __init__(self, loop: Loop, path: Path, ready: Callable[[], None], gone: Callable[[str, str], None]) -> None:
         self.pid: int | None = None
         self.stats: Object = {}
         self.hello: Object = {}

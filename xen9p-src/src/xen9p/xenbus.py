@@ -171,8 +171,7 @@ def read_rings(store: XenStore, domid: int, devid: int) -> tuple[Ring, ...]:
     if not 1 <= count <= MAX_RINGS:
         raise ViolationError(f"num-rings is {count}, not within 1..{MAX_RINGS}")
     rings = tuple(
-        Ring(_number(store, front, f"ring-ref{i}"), _number(store, front, f"event-channel-{i}"))
-        for i in range(count)
+        Ring(_number(store, front, f"ring-ref{i}"), _number(store, front, f"event-channel-{i}")) for i in range(count)
     )
     if len({r.ref for r in rings}) < count or len({r.port for r in rings}) < count:
         raise ViolationError("two rings share a grant reference or an event channel")

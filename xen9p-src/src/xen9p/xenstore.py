@@ -151,7 +151,7 @@ class XenStore:
         if self._transaction:
             raise XenStoreError("a XenStore transaction within a transaction")
         for attempt in range(_TRANSACTION_TRIES):
-            self._transaction = int(self._call(_Op.TRANSACTION_START, ""))
+            self._transaction = int(self._call(_Op.TRANSACTION_START, "").rstrip(b"\0"))
             try:
                 result = body(self)
             except BaseException:

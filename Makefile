@@ -8,7 +8,7 @@ ARGS ?=
 LAB ?= lab
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export XEN9P_STEPS := $(CURDIR)/.lab/steps
+export XEN9P_STEPS := $(CURDIR)/.cache/steps
 
 .PHONY: help
 help: ## list the commands
@@ -59,7 +59,7 @@ teardown: ## remove the testbed; only the cache stays
 
 .PHONY: lock
 lock: ## resolve requirements.in anew into requirements.txt
-	@/usr/bin/python3 -m venv --clear .lab/lock-venv
-	@.lab/lock-venv/bin/pip install --quiet -r requirements.in
-	@{ echo '# Pinned by `make lock` from requirements.in: do not edit.'; .lab/lock-venv/bin/pip freeze; } >requirements.txt
-	@rm -rf .lab/lock-venv
+	@/usr/bin/python3 -m venv --clear .cache/lock-venv
+	@.cache/lock-venv/bin/pip install --quiet -r requirements.in
+	@{ echo '# Pinned by `make lock` from requirements.in: do not edit.'; .cache/lock-venv/bin/pip freeze; } >requirements.txt
+	@rm -rf .cache/lock-venv

@@ -113,6 +113,9 @@ class Vm:
         self.stop(timeout=0.0)
         if existed:
             shutil.rmtree(self.dir)
+            # The folder of all labs goes with the last of them.
+            if not [path for path in self.dir.parent.iterdir() if path.name != "progress"]:
+                shutil.rmtree(self.dir.parent)
         return existed
 
     def last_console_line(self) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 from collections import deque
@@ -262,8 +263,23 @@ def find(runtime: Path, timeout: float = 5.0) -> list[Found]:
             path.with_suffix(".pid").unlink(missing_ok=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             sock.close()
-            log.warning("worker at %s is left alone: %s", path, error or type(error).__name__)
+            log.warning("worker at %s does not make sense: %s", path, str(error) or type(error).__name__)
+            _end_by_file(path)
     return found
+
+
+def _end_by_file(path: Path) -> None:
+    """Ends a worker that cannot be talked to, by its pid file: two must never serve the same rings."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(path.with_suffix(".pid").read_text())
+        fd = os.pidfd_open(pid)
+        try:
+            if b"xen9p" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                select.select([fd], [], [], LINGER)
+                log.warning("worker pid=%d ended", pid)
+        finally:
+            os.close(fd)
 
 
 def _read_hello(sock: socket.socket) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,10 +156,9 @@ _STEP = re.compile(r"(Get:\d+|Unpacking|Setting up|I:|update-initramfs)")
 
 
 def _run(command: Sequence[str], progress: Progress | None = None, prefix: str = "") -> None:
-    """Run *command*, showing its interesting lines as progress; its last lines are in the error."""
+    """Run *command*, showing its interesting lines as progress; what went wrong first is in the error."""
     env = {**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
-    tail: deque[str] = deque(maxlen=12)
-    shown = 0.0
+    first, last, shown = "", "no output", 0.0
     try:
         process = subprocess.Popen(
             command,
@@ -176,13 +174,16 @@ def _run(command: Sequence[str], progress: Progress | None = None, prefix: str =
     with process.stdout as lines:
         for raw in lines:
             line = raw.strip()
-            tail.append(line)
+            last = line or last
+            # Tools that call tools each complain in turn: the first complaint is the cause.
+            if not first and line.startswith(("E: ", "Err:")):
+                first = line
             if progress is not None and _STEP.match(line) and time.monotonic() - shown > 0.5:
                 progress.show(prefix + line[:90])
                 shown = time.monotonic()
     if process.wait() != 0:
-        reason = next((line for line in reversed(tail) if line.startswith("E:")), tail[-1] if tail else "no output")
-        raise TestbedError(f"{command[0]} failed: {reason}")
+        remedy = "; check testbed_mirror, testbed_suite and testbed_packages" if command[0] == "mmdebstrap" else ""
+        raise TestbedError(f"{command[0]} failed: {first or last}{remedy}")
 
 
 def _version(tool: str) -> str:
@@ -194,7 +195,7 @@ def _version(tool: str) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a tree; refuse to cross into what a dying build may have left mounted below it."""
+    """Remove a tree, but first unmount what a build that was killed may have left mounted below it."""
     mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for point in sorted((m for m in mounted if m.startswith(f"{path}/")), reverse=True):
         subprocess.run(["umount", "--lazy", point], check=False)

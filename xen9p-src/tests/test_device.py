@@ -67,8 +67,9 @@ def test_a_frontend_closes_and_gets_a_new_device() -> None:
 def test_a_frontend_that_begins_anew() -> None:
     device = serving()
     assert device.frontend_state(S.INITIALISING)[0] == Stop()
-    assert device.worker_gone(0.0) == [Publish(S.CLOSING), Recreate()]
+    assert device.worker_gone(0.0) == [Publish(S.CLOSING), Publish(S.INIT_WAIT)]
     assert device.phase is Phase.WAITING
+    assert device.frontend_state(S.INITIALISED) == [ReadRings()]
 
 
 def test_a_frontend_that_jumps_to_closed() -> None:

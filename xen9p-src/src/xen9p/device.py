@@ -108,7 +108,11 @@ class Remove(Action):
 
 @dataclass(frozen=True, slots=True)
 class Recreate(Action):
-    """Remove both directories and make them anew; the device waits for its frontend again."""
+    """Remove both directories and make new ones; the device waits for its frontend again.
+
+    They need another number: a guest that looks after both happened sees a directory that is still there,
+    and does not probe it again.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,19 +319,24 @@ class Device:
 
     def _closed_progress(self) -> Actions:
         if self.frontend == S.INITIALISING:
-            return self._recreate()
+            # It drives the handshake itself (kexec, or no Linux), so it is looking at this very directory.
+            self._renew()
+            return self._publish(S.INIT_WAIT)
         if self.frontend in (S.CLOSED, None):
             return [*self._publish(S.CLOSED), self._timer(REVIVE_DELAY)]
         return []
 
     def _recreate(self) -> Actions:
-        self.phase = Phase.WAITING
+        self._renew()
         self.published = S.INIT_WAIT
         self.frontend = S.INITIALISING
+        return [Recreate()]
+
+    def _renew(self) -> None:
+        self.phase = Phase.WAITING
         self._rings = ()
         self._crashes.clear()
         self._epoch += 1
-        return [Recreate()]
 
     def _fail(self, reason: str) -> Actions:
         self._failing = True

@@ -82,6 +82,14 @@ class Guest:
         self.detached: set[str] = set()  # tags that somebody took away by hand: not given again by rule
         self.refused: set[str] = set()  # problems logged already
         self.waiting = False
+        self._next_devid = 0
+
+    def new_devid(self, used: set[int]) -> int:
+        """A device number that this guest has not had: one that comes back goes unnoticed by its kernel."""
+        while self._next_devid in used:
+            self._next_devid += 1
+        self._next_devid += 1
+        return self._next_devid - 1
 
     def by_tag(self, tag: str) -> Managed | None:
         """The guest's device with that tag."""
@@ -218,8 +226,7 @@ class Supervisor:
 
     def attach(self, guest: Guest, grant: Grant) -> Managed:
         """Makes a new device for a guest and waits for its frontend. NoGuestError if it has gone."""
-        used = xenbus.used_devids(self.store, guest.id.domid) | set(guest.devices)
-        devid = next(n for n in range(len(used) + 1) if n not in used)
+        devid = guest.new_devid(xenbus.used_devids(self.store, guest.id.domid))
         managed = Managed(guest, devid, grant, Device())
         xenbus.create(self.store, guest.id, devid, grant)
         guest.devices[devid] = managed
@@ -230,6 +237,10 @@ class Supervisor:
     def _watch(self, managed: Managed) -> None:
         front = xenbus.frontend_path(managed.owner.id.domid, managed.devid)
         self.store.watch(f"{front}/state", managed.token)
+
+    def _unwatch(self, managed: Managed) -> None:
+        front = xenbus.frontend_path(managed.owner.id.domid, managed.devid)
+        self.store.unwatch(f"{front}/state", managed.token)
 
     def _find(self, token: str) -> Managed | None:
         domid, _, devid = token.partition("/")
@@ -327,21 +338,30 @@ class Supervisor:
             return
         if managed.machine.phase is not Phase.WAITING or self.guests.get(guest.id.domid) is not guest:
             return
+        old, domid = managed.devid, guest.id.domid
+        new = guest.new_devid(xenbus.used_devids(self.store, domid))
+        self._unwatch(managed)
+        xenbus.remove(self.store, guest.id, old)
+        del guest.devices[old]
+        managed.devid = new
         try:
-            xenbus.create(self.store, guest.id, managed.devid, managed.grant)
+            xenbus.create(self.store, guest.id, new, managed.grant)
         except NoGuestError:
             self.rescan()
+            return
+        guest.devices[new] = managed
+        managed.say("info", f"attached anew after device={domid}/{old} was closed")
+        self._watch(managed)
 
     def _remove(self, managed: Managed) -> None:
         guest = managed.owner
-        front = xenbus.frontend_path(guest.id.domid, managed.devid)
         self.loop.cancel(managed.timer)
         if guest.devices.get(managed.devid) is managed:
             del guest.devices[managed.devid]
         successor = self.guests.get(guest.id.domid)
         # A new guest under the same number may have a device of the same number already.
         if successor is None or managed.devid not in successor.devices:
-            self.store.unwatch(f"{front}/state", managed.token)
+            self._unwatch(managed)
             xenbus.remove(self.store, guest.id, managed.devid)
         managed.say("info", "removed")
         for waiter in managed.waiters:

@@ -6,12 +6,14 @@ cached in a directory that a hash of its inputs names; a manifest in it says wha
 
 from __future__ import annotations
 
+import ctypes
 import gzip
 import hashlib
 import inspect
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -167,6 +169,7 @@ def _run(command: Sequence[str], progress: Progress | None = None, prefix: str =
             stderr=subprocess.STDOUT,
             env=env,
             text=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - a module of Ansible has one thread
         )
     except FileNotFoundError as error:
         raise TestbedError(f"{command[0]} is not installed: run `make lab`, or install it with apt") from error
@@ -186,6 +189,12 @@ def _run(command: Sequence[str], progress: Progress | None = None, prefix: str =
         raise TestbedError(f"{command[0]} failed: {first or last}{remedy}")
 
 
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process with its parent: a build that nobody waits for would be in the way."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def _version(tool: str) -> str:
     try:
         done = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False)
@@ -199,8 +208,8 @@ def _remove(path: Path) -> None:
     mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for point in sorted((m for m in mounted if m.startswith(f"{path}/")), reverse=True):
         subprocess.run(["umount", "--lazy", point], check=False)
-    if path.exists():
-        shutil.rmtree(path)
+    # What cannot go now, because a dying build still writes there, goes with the next sweep.
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _sweep(cache: Path) -> None:

@@ -37,13 +37,13 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one peer may hold at once. Counts, but for spin_us (microseconds of looking before sleeping)."""
+    """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping."""
 
     max_fids: int = 65536
     max_queued: int = 64
     pool_threads: int = 4
     python_threads: int = 2
-    spin_us: int = 0
+    spin_us: int = 200
 
 
 @dataclass(frozen=True, slots=True)

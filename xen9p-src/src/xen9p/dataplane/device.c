@@ -631,11 +631,39 @@ static uint64_t now_us(void)
     return (uint64_t)at.tv_sec * 1000000 + (uint64_t)at.tv_nsec / 1000;
 }
 
+/* Whether to look once more before sleeping. Looking costs a processor, sleeping costs the peer a wake-up, so look only
+ * as long as requests have been following each other about that closely. */
+struct spin {
+    uint64_t idle_since; /* us; 0 while there is work */
+    bool dense;
+};
+
+static bool spin_on(struct x9_dev *dev, struct spin *spin)
+{
+    if (!dev->config.spin_us)
+        return false;
+    uint64_t now = now_us();
+    if (!spin->idle_since)
+        spin->idle_since = now;
+    if (!spin->dense || now - spin->idle_since >= dev->config.spin_us)
+        return false;
+    __builtin_ia32_pause();
+    return true;
+}
+
+static void spin_found(struct x9_dev *dev, struct spin *spin)
+{
+    if (!spin->idle_since)
+        return;
+    spin->dense = now_us() - spin->idle_since < 2 * (uint64_t)dev->config.spin_us;
+    spin->idle_since = 0;
+}
+
 /* Serves until the device ends; call it without the GIL. Returns X9_STOPPED, X9_HANGUP, X9_PROTOCOL or X9_SYSTEM. */
 int x9_dev_run(x9_dev *dev)
 {
     struct x9_call *call = calloc(1, sizeof *call);
-    uint64_t idle_since = 0;
+    struct spin spin = {0};
 
     if (!call)
         finish(dev, X9_SYSTEM, "out of memory");
@@ -649,22 +677,16 @@ int x9_dev_run(x9_dev *dev)
             taken += link->kind == X9_STREAM ? serve_stream(link, call) : serve_ring(link, call);
         }
         if (taken) {
-            idle_since = 0;
+            spin_found(dev, &spin);
             if (__atomic_load_n(&dev->room_waiters, __ATOMIC_RELAXED))
                 wait_for_events(dev, 0);
             continue;
         }
-        if (dev->config.spin_us) {
-            uint64_t now = now_us();
-            if (!idle_since)
-                idle_since = now;
-            if (now - idle_since < dev->config.spin_us)
-                continue;
-        }
+        if (spin_on(dev, &spin))
+            continue;
         int err = wait_for_events(dev, -1);
         if (err)
             finish(dev, X9_SYSTEM, "waiting for events: %s", strerror(err));
-        idle_since = 0;
     }
     for (uint32_t i = 0; i < dev->npool; i++)
         pthread_join(dev->threads[i], NULL);

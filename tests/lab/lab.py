@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +25,39 @@ TAGS = {"root": "rw", "home": "rw", "course": "ro"}
 BACKEND = "/local/domain/0/backend/xen9p"
 
 
+CONTROL = Path(tempfile.mkdtemp(prefix="xen9p-"))
+"""Where the kept ssh connections have their sockets: two labs have guests of the same name and address."""
+LIVE: dict[str, Host] = {}
+
+
 def connect(name: str) -> Host:
-    """A testinfra host of the lab, over one ssh connection that is kept."""
-    return testinfra.get_host(f"ssh://{name}?ssh_config={STATE}/ssh_config&controlpersist=600")
+    """A testinfra host of the lab, over one ssh connection that is kept until drop_connection()."""
+    if name not in LIVE:
+        LIVE[name] = testinfra.get_host(
+            f"ssh://{name}",
+            ssh_config=str(STATE / "ssh_config"),
+            ssh_extra_args=f"-o ControlPath={CONTROL}/{name}",
+            controlpersist=600,
+        )
+    return LIVE[name]
+
+
+def drop_connection(name: str) -> None:
+    """Closes the kept connection to a machine that goes away; the next connect() makes another."""
+    LIVE.pop(name, None)
+    local(f"ssh -F {STATE}/ssh_config -o ControlPath={CONTROL}/{name} -O exit {name}")
+    (CONTROL / name).unlink(missing_ok=True)
+
+
+def local(command: str) -> CommandResult:
+    """Runs a command on the controller."""
+    return testinfra.get_host("local://").run(command)
+
+
+def answers(name: str) -> bool:
+    """Whether ssh works over a connection of its own."""
+    options = "-o ControlMaster=no -o ControlPath=none -o ConnectTimeout=8"
+    return bool(local(f"ssh -F {STATE}/ssh_config {options} {name} true").rc == 0)
 
 
 def wait_until(what: str, check: Callable[[], bool], timeout: float = 60.0) -> float:
@@ -41,8 +72,10 @@ def wait_until(what: str, check: Callable[[], bool], timeout: float = 60.0) -> f
 class Dom0:
     """What the tests ask of the host."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    @property
+    def host(self) -> Host:
+        """The testinfra host."""
+        return connect("host")
 
     def run(self, command: str) -> CommandResult:
         return self.host.run(command)
@@ -90,25 +123,9 @@ class Dom0:
         return str(self.run(f"xenstore-list {BACKEND}/{domid}").stdout).split()
 
 
-def guest_answers(guest: str) -> bool:
-    """Whether ssh into the guest works (a new connection: the kept one may be to a guest that is gone)."""
-    command = f"ssh -F {STATE}/ssh_config -o ControlMaster=no -o ControlPath=none -o ConnectTimeout=8 {guest} true"
-    return bool(testinfra.get_host("local://").run(command).rc == 0)
-
-
-def drop_connection(guest: str) -> None:
-    """Closes the kept ssh connection to a guest that is about to go away."""
-    LIVE.pop(guest, None)
-
-
-LIVE: dict[str, Host] = {}
-
-
 def guest_host(guest: str) -> Host:
     """The testinfra host of a guest."""
-    if guest not in LIVE:
-        LIVE[guest] = connect(guest)
-    return LIVE[guest]
+    return connect(guest)
 
 
 @contextmanager

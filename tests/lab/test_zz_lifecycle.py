@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lab import BACKEND, GUESTS, TAGS, Dom0, drop_connection, guest_answers, guest_host, wait_until
+from lab import BACKEND, GUESTS, TAGS, Dom0, answers, drop_connection, guest_host, wait_until
 
 BOOT = 150.0  # seconds that a guest may take under emulation while the other one runs
 
@@ -19,7 +19,7 @@ def mounted(guest: str) -> bool:
 def comes_back(dom0: Dom0, guest: str, other_than: int | None) -> None:
     """Waits until the guest answers as a new domain with all mounts working."""
     wait_until(f"{guest} is a new domain", lambda: dom0.domid(guest) not in (None, other_than), BOOT)
-    wait_until(f"{guest} answers ssh", lambda: guest_answers(guest), BOOT)
+    wait_until(f"{guest} answers ssh", lambda: answers(guest), BOOT)
     drop_connection(guest)
     wait_until(f"{guest} has its mounts", lambda: mounted(guest), 30)
     for tag in TAGS:
@@ -130,13 +130,13 @@ def test_the_host_reboots(dom0: Dom0) -> None:
     """Everything comes back by itself, without Ansible."""
     boot_id = dom0.out("cat /proc/sys/kernel/random/boot_id")
     dom0.run("systemctl reboot")
+    for name in ("host", *GUESTS):
+        drop_connection(name)
 
     def rebooted() -> bool:
-        result = dom0.run("cat /proc/sys/kernel/random/boot_id")
-        return bool(result.rc == 0 and result.stdout.strip() != boot_id.strip())
+        return answers("host") and dom0.out("cat /proc/sys/kernel/random/boot_id") != boot_id
 
     wait_until("the host has rebooted", rebooted, 240)
     for guest in GUESTS:
-        drop_connection(guest)
         comes_back(dom0, guest, None)
     assert dom0.run("xen9p status").rc == 0

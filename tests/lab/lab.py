@@ -36,7 +36,7 @@ def connect(name: str) -> Host:
         LIVE[name] = testinfra.get_host(
             f"ssh://{name}",
             ssh_config=str(STATE / "ssh_config"),
-            ssh_extra_args=f"-o ControlPath={CONTROL}/{name}",
+            controlpath=str(CONTROL / name),
             controlpersist=600,
         )
     return LIVE[name]

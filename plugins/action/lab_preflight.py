@@ -38,7 +38,11 @@ class ActionModule(ActionBase):
                 problem = str(error)
             except OSError as error:
                 problem = f"{error}: set testbed_state_dir to a directory that can be written"
-        return {**result, "changed": False, **({"failed": True, "msg": problem} if problem else {})}
+        if problem is not None:
+            return {**result, "changed": False, "failed": True, "msg": problem}
+        # The callback learns from this where the modules of this run say what they are doing.
+        progress = f"{arguments['state_dir']}/progress" if arguments.get("state_dir") else ""
+        return {**result, "changed": False, "progress": progress}
 
 
 def _problems(arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:

@@ -19,15 +19,10 @@ type: stdout
 short_description: Progress with times, errors in one line
 description:
   - Prints each task when it begins, and a sign of life when nothing has been printed for a while, with the
-    line that a long task keeps in a progress file.
+    line that a long task keeps in the lab's progress file.
   - A failure is one line; run with C(-v) for all of the result.
   - Ends with the time of each role, the slowest tasks, and the usual recap.
 options:
-  progress_file:
-    description: Where long tasks keep the step that they are at.
-    default: ""
-    env: [{name: XEN9P_PROGRESS}]
-    ini: [{section: callback_progress, key: progress_file}]
   silence:
     description: Seconds after which silence is broken.
     type: int
@@ -67,8 +62,6 @@ class CallbackModule(CallbackBase):
         """Take over the options, once Ansible has read them."""
         super().set_options(task_keys=task_keys, var_options=var_options, direct=direct)
         self._silence = self.get_option("silence")
-        name = self.get_option("progress_file")
-        self._file = Path(name).expanduser() if name else None
 
     def v2_playbook_on_start(self, playbook: Any) -> None:
         """Begin to watch for silence."""
@@ -127,6 +120,8 @@ class CallbackModule(CallbackBase):
         if result.task.action in INCLUDES:
             return
         data = result.result
+        if result.task.action == "lab_preflight" and data.get("progress"):
+            self._file = Path(data["progress"])
         word, color = ("changed", constants.COLOR_CHANGED) if data.get("changed") else ("ok", constants.COLOR_OK)
         note = f"  {data['note']}" if isinstance(data.get("note"), str) and data["note"] else ""
         if result.task.action in {"ansible.builtin.debug", "debug"} and isinstance(data.get("msg"), str):

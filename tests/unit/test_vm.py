@@ -34,10 +34,7 @@ def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
 
 
 def test_remove_leaves_nothing(tmp_path: Path) -> None:
-    labs = tmp_path / ".lab"
-    labs.mkdir()
-    (labs / "progress").write_text("a run that was killed left this\n")
-    state = labs / "lab"
+    state = tmp_path / ".lab" / "lab"
     access.write_if_changed(state / "inventory" / "hosts.yml", b"---\n")
     machine = vm.Vm(state)
     assert machine.remove() is True

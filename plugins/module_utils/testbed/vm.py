@@ -114,8 +114,8 @@ class Vm:
         if existed:
             shutil.rmtree(self.dir)
             # The folder of all labs goes with the last of them.
-            if not [path for path in self.dir.parent.iterdir() if path.name != "progress"]:
-                shutil.rmtree(self.dir.parent)
+            if not any(self.dir.parent.iterdir()):
+                self.dir.parent.rmdir()
         return existed
 
     def last_console_line(self) -> str:

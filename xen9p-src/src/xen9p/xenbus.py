@@ -8,6 +8,7 @@ restart is under the backend's ``host`` node, which only dom0 can read.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -164,22 +165,25 @@ def note_failed(store: XenStore, domid: int, devid: int, reason: str) -> None:
 def read_rings(store: XenStore, domid: int, devid: int) -> tuple[Ring, ...]:
     """The rings that the frontend offers; ViolationError names what is wrong with them."""
     front = frontend_path(domid, devid)
-    version = store.read(f"{front}/version")
+    return parse_rings(lambda key: store.read(f"{front}/{key}"))
+
+
+def parse_rings(read: Callable[[str], str | None]) -> tuple[Ring, ...]:
+    """The rings in a frontend's directory, of which read() returns a node's value or None."""
+    version = read("version")
     if version != "1":
         raise ViolationError(f"frontend version is {_short(version)}, not 1")
-    count = _number(store, front, "num-rings")
+    count = _number(read, "num-rings")
     if not 1 <= count <= MAX_RINGS:
         raise ViolationError(f"num-rings is {count}, not within 1..{MAX_RINGS}")
-    rings = tuple(
-        Ring(_number(store, front, f"ring-ref{i}"), _number(store, front, f"event-channel-{i}")) for i in range(count)
-    )
+    rings = tuple(Ring(_number(read, f"ring-ref{i}"), _number(read, f"event-channel-{i}")) for i in range(count))
     if len({r.ref for r in rings}) < count or len({r.port for r in rings}) < count:
         raise ViolationError("two rings share a grant reference or an event channel")
     return rings
 
 
-def _number(store: XenStore, front: str, key: str) -> int:
-    text = store.read(f"{front}/{key}")
+def _number(read: Callable[[str], str | None], key: str) -> int:
+    text = read(key)
     if text is None or not _U32.fullmatch(text) or int(text) >= 1 << 32:
         raise ViolationError(f"{key} is {_short(text)}, not a number of 32 bits")
     return int(text)

@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import select
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, TypeVar
@@ -37,6 +38,31 @@ T = TypeVar("T")
 
 class XenStoreErrnoError(XenStoreError):
     """XenStore answered with an errno."""
+
+
+class _Transport:
+    """The socket under pyxs's packets: with deadlines, and closed in any case."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def send(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def recv(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            some = self._sock.recv(size - len(data))
+            if not some:
+                raise ConnectionResetError(errno.ECONNRESET, "xenstored hung up")
+            data += some
+        return bytes(data)
+
+    def close(self) -> None:
+        self._sock.close()
 
 
 class XenStore:
@@ -68,15 +94,18 @@ class XenStore:
         """Connects and sets all watches; each fires once. Does nothing when connected."""
         if self._connection is not None:
             return
-        connection = _connection.UnixSocketConnection(self._path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.settimeout(self._timeout)
         try:
-            connection.connect()
-        except (PyXSError, OSError) as error:
+            sock.connect(self._path)
+        except OSError as error:
+            sock.close()
             raise XenStoreError(
                 f"XenStore does not answer at {self._path}",
                 "is this dom0, and does xenstored run? see: systemctl status xenstored",
             ) from error
-        connection.transport.sock.settimeout(self._timeout)
+        connection = _connection.UnixSocketConnection(self._path)
+        connection.transport = _Transport(sock)
         self._connection = connection
         self._transaction = 0
         for path, token in sorted(self._watches):
@@ -86,10 +115,7 @@ class XenStore:
         """Closes the socket; watches and kept events stay for the next connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            try:
-                connection.transport.close()
-            except OSError:
-                connection.transport.sock.close()
+            connection.close()
 
     def fileno(self) -> int:
         """The descriptor that is readable when events may have come; connects if need be."""

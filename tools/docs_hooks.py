@@ -13,6 +13,15 @@ TIMES = "<!-- times -->"
 _IMAGE = re.compile(r'<p><img alt="([^"]*)" src="[^"]*assets/([a-z-]+)\.svg" /></p>')
 
 
+def on_config(config: Any) -> Any:
+    """Add the published results of benchmarks to the navigation, if there are any."""
+    pages = [f"results/{path.name}" for path in sorted((ROOT / "docs" / "results").glob("*.md"))]
+    if pages and all(isinstance(entry, dict) for entry in config.nav):
+        titles = [next(iter(entry)) for entry in config.nav]
+        config.nav.insert(titles.index("Reference"), {"Results": pages})
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages."""
     from mkdocs.structure.files import File

@@ -178,9 +178,17 @@ class Supervisor:
             self.rescan()
             for guest in list(self.guests.values()):
                 for managed in list(guest.devices.values()):
+                    self._republish(managed)
                     self._look(managed)
 
         self.guarded(work)
+
+    def _republish(self, managed: Managed) -> None:
+        """Writes our state again if the break kept it from being written."""
+        domid, devid = managed.owner.id.domid, managed.devid
+        there = xenbus.state(self.store, xenbus.backend_path(domid, devid))
+        if there is not None and there != managed.machine.published:
+            xenbus.publish(self.store, domid, devid, managed.machine.published)
 
     # Guests.
 

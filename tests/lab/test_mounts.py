@@ -31,7 +31,8 @@ def test_mount(guest: str, path: str, tag: str, access: str, cache: str | None) 
     assert access in flags
     assert flags["trans"] == "xen"
     assert int(flags["msize"]) == MSIZE
-    assert flags.get("cache") == cache
+    # Linux 6.1 shows the mode as a word of its own, and nothing for none.
+    assert flags.keys() & {"loose", "fscache", "mmap"} == ({cache} if cache else set())
 
 
 @EACH_GUEST

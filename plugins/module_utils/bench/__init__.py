@@ -1,0 +1,1 @@
+"""What the benchmarks do in dom0: trees, guests, policy, measurements."""

@@ -1,0 +1,71 @@
+"""The benchmark's own rules: a marked block at the end of the host's policy, while the benchmark runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .host import BenchError, run
+from .settings import FILES, NINEP, Settings
+
+BEGIN, END = "# BEGIN benchmark\n", "# END benchmark\n"
+
+
+def block(given: Settings) -> str:
+    """Return the rules: a root by itself, and a directory that is attached by hand."""
+    return f"""{BEGIN}[exports.bench-root]
+path = "{given.root}"
+
+[exports.bench-ours]
+path = "{given.area}/ours"
+
+[[rules]]
+guest = "{NINEP}"
+export = "bench-root"
+tag = "root"
+access = "rw"
+attach = "auto"
+
+[[rules]]
+guest = "{FILES}"
+export = "bench-ours"
+tag = "ours"
+access = "rw"
+attach = "manual"
+{END}"""
+
+
+def without_block(text: str) -> str:
+    """Return a policy as it was before the benchmark."""
+    before, mark, rest = text.partition(BEGIN)
+    return before + rest.partition(END)[2] if mark else text
+
+
+def allow(given: Settings) -> None:
+    """Add the rules and have them in force."""
+    path = Path(given.policy)
+    if not path.is_file():
+        raise BenchError(f"{path} is missing: run site.yml first, so that xen9pd runs on the host")
+    _replace(path, without_block(path.read_text()) + block(given))
+
+
+def forbid(given: Settings) -> bool:
+    """Take the rules away again; whether there were any."""
+    path = Path(given.policy)
+    text = path.read_text() if path.is_file() else ""
+    if BEGIN not in text:
+        return False
+    _replace(path, without_block(text))
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.bench")
+    partial.write_text(text)
+    partial.chmod(0o644)
+    try:
+        run("xen9p", "policy", "check", str(partial))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    run("systemctl", "reload", "xen9pd.service")

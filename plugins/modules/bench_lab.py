@@ -1,0 +1,95 @@
+#!/usr/bin/python
+"""Ansible module: the parts of a benchmark run that happen in dom0."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.bench import boots, files, trees
+from ansible.module_utils.bench.host import BenchError, run
+from ansible.module_utils.bench.settings import Settings
+
+DOCUMENTATION = r"""
+module: bench_lab
+short_description: Prepare, measure and clean up after benchmarks on a Xen host
+description:
+  - The guests are its own and gone afterwards. Whatever fails, C(do=clean) leaves nothing behind.
+options:
+  do:
+    type: str
+    required: true
+    choices: [prepare, boots, files, clean]
+    description: [Which part of a run.]
+  settings: {type: dict, required: true, description: [Names and paths; all of one run must be equal.]}
+  rounds: {type: int, default: 5, description: [How often each thing is measured.]}
+  program: {type: str, default: "", description: [Text of the program that works with files in the guest.]}
+author: [xen9p]
+"""
+EXAMPLES = r"""
+- name: Leave nothing behind
+  bench_lab: {do: clean, settings: "{{ __bench_settings }}"}
+"""
+RETURN = r"""
+result: {type: dict, returned: success, description: Samples and what is known about the machine.}
+"""
+
+
+def facts(given: Settings) -> dict[str, Any]:
+    """Return what a reader has to know about the host."""
+    xen = dict(line.split(":", 1) for line in run("xl", "info").splitlines() if ":" in line)
+    told = {key.strip(): value.strip() for key, value in xen.items()}
+    qemu = run("/usr/libexec/xen-qemu-system-i386", "--version").splitlines()[0]
+    return {
+        "kernel": platform.release(),
+        "xen": told.get("xen_version", "unknown"),
+        "processors": int(told.get("nr_cpus", "0")),
+        "dom0_processors": len([name for name in run("xl", "vcpu-list", "0").splitlines()[1:] if name]),
+        "qemu": qemu.removeprefix("QEMU emulator version ").split()[0],
+        "xen9p": run("xen9p", "--version").strip(),
+        "guest_memory_mib": given.memory,
+        "store": "btrfs",
+    }
+
+
+def perform(what: str, given: Settings, rounds: int, program: str) -> tuple[bool, dict[str, Any], str]:
+    """Do one part: whether it changed the host, what it found, and a note for whoever watches."""
+    if what == "clean":
+        found = trees.clean(given)
+        return found, {}, "removed" if found else ""
+    if what == "prepare":
+        machine = facts(given)
+        machine["golden"] = trees.prepare(given)
+        return True, {"machine": machine}, f"golden tree {machine['golden']}"
+    if what == "boots":
+        samples = boots.measure(given, rounds)
+        return True, {"samples": samples}, ", ".join(f"{item['side']} {item['seconds']:.1f} s" for item in samples)
+    measured = files.measure(given, rounds, program)
+    return True, measured, f"{len(measured['samples'])} samples"
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "do": {"type": "str", "required": True, "choices": ["prepare", "boots", "files", "clean"]},
+            "settings": {"type": "dict", "required": True},
+            "rounds": {"type": "int", "default": 5},
+            "program": {"type": "str", "default": ""},
+        },
+        supports_check_mode=True,
+    )
+    if module.check_mode:
+        module.exit_json(changed=False, result={}, note="not in check mode")
+    values: dict[str, Any] = module.params
+    try:
+        given = Settings(**values["settings"])
+        changed, result, note = perform(values["do"], given, values["rounds"], values["program"])
+    except (BenchError, OSError) as error:
+        module.fail_json(msg=f"benchmark: {error}")
+    module.exit_json(changed=changed, result=result, note=note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A chart of benchmark results as SVG: horizontal bars in groups, in light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from bench_stats import SIDES, Result
+
+WIDTH, LABEL, BAR, GAP, TOP = 760, 150, 18, 16, 44
+ROOM = 170  # to the right of the longest bar, for its figures
+STYLE = """
+text { font: 13px system-ui, sans-serif; fill: #222 }
+.quiet { fill: #666 } .head { font-weight: 600 }
+.ours { fill: #0b7a75 } .theirs { fill: #c9772b } .block { fill: #8a8fa3 } .spread { stroke: #222; stroke-width: 1.5 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6e6e6 } .quiet { fill: #a8a8a8 } .spread { stroke: #e6e6e6 }
+  .ours { fill: #35b5ae } .theirs { fill: #e09a56 } .block { fill: #9aa0b8 }
+}
+"""
+
+
+def chart(title: str, groups: Sequence[tuple[str, Result]]) -> str:
+    """Return the SVG: for each labelled result a bar a side (median seconds), with its quartiles and ratio."""
+    longest = max(spread.high for _, found in groups for spread in found.sides.values())
+    scale = (WIDTH - LABEL - ROOM) / max(spread.q3 for _, found in groups for spread in found.sides.values())
+    parts = [f'<text class="head" x="0" y="16">{escape(title)}</text>']
+    y = TOP
+    for label, found in groups:
+        parts.append(f'<text class="head" x="0" y="{y - 6}">{escape(label)}</text>')
+        for side, spread in found.sides.items():
+            end = LABEL + spread.median * scale
+            middle = y + BAR / 2
+            ratio = "" if side == "ours" else f", {found.ratio[side]:.1f} times ours"
+            parts += [
+                f'<text class="quiet" x="{LABEL - 8}" y="{middle + 4.5}" text-anchor="end">'
+                f"{escape(SIDES[side])}</text>",
+                f'<rect class="{side}" x="{LABEL}" y="{y + 1}" width="{spread.median * scale:.1f}" '
+                f'height="{BAR - 2}"/>',
+                f'<line class="spread" x1="{LABEL + spread.q1 * scale:.1f}" x2="{LABEL + spread.q3 * scale:.1f}" '
+                f'y1="{middle}" y2="{middle}"/>',
+                f'<text x="{max(end, LABEL + spread.q3 * scale) + 6:.1f}" y="{middle + 4.5}">'
+                f"{figure(spread.median)} s{ratio}</text>",
+            ]
+            y += BAR
+        y += GAP + 14
+    height = y - 8
+    summary = f"{title}; the longest sample took {figure(longest)} s"
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(summary)}">\n<style>{STYLE}</style>\n{body}\n</svg>\n'
+    )
+
+
+def figure(seconds: float) -> str:
+    """Return seconds with as many digits as they are worth."""
+    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}"

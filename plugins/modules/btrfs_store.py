@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,7 @@ class Store:
             return  # the rest cannot be looked at before the filesystem is there
         self.have_unit()
         if not mounted and self.act(f"mount {self.mount}"):
+            self.announce()
             run("systemctl", "enable", "--now", self.unit_name())
         for name in self.subvolumes:
             self.have_subvolume(self.mount / name)
@@ -160,6 +162,11 @@ class Store:
         if self.act(f"format {self.source} as btrfs"):
             force = ["--force"] if kinds else []
             run("mkfs.btrfs", "--quiet", "--label", "xen9p", *force, str(self.source))
+
+    def announce(self) -> None:
+        """Let udev look at the device anew: the mount waits for the link by its UUID."""
+        if not self.is_file and shutil.which("udevadm"):
+            run("udevadm", "trigger", "--action=change", "--settle", str(self.source))
 
     def unit_name(self) -> str:
         return run("systemd-escape", "--path", "--suffix=mount", str(self.mount)).strip()

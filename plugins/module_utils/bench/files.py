@@ -19,8 +19,9 @@ def measure(given: Settings, rounds: int, program: str) -> dict[str, Any]:
     trees.reset(given)
     drop_caches()
     create(FILES, trees.config(given, FILES), given.address, given.timeout)
-    attach()
     try:
+        inside(given, "modprobe 9pnet_xen && modprobe 9p")
+        attach()
         mounts = mount(given)
         inside(given, f"cat > {PROGRAM}", text=program)
         places = " ".join(f"{side}={path}" for side, path in PLACES.items())
@@ -61,7 +62,7 @@ def attach() -> None:
 def mount(given: Settings) -> dict[str, str]:
     """Mount both tags with the same options; the options that the guest's kernel then shows."""
     options = f"trans=xen,version=9p2000.L,msize={given.msize},cache={given.cache}"
-    script = [f"mkdir -p {' '.join(PLACES.values())}", "modprobe 9pnet_xen", "modprobe 9p"]
+    script = [f"mkdir -p {' '.join(PLACES.values())}"]
     for side in ("ours", "theirs"):
         # A device that was attached just now may need a moment.
         script.append(

@@ -47,6 +47,7 @@ def allow(given: Settings) -> None:
     if not path.is_file():
         raise BenchError(f"{path} is missing: run site.yml first, so that xen9pd runs on the host")
     _replace(path, without_block(path.read_text()) + block(given))
+    run("systemctl", "reload", "xen9pd.service")
 
 
 def forbid(given: Settings) -> bool:
@@ -56,6 +57,7 @@ def forbid(given: Settings) -> bool:
     if BEGIN not in text:
         return False
     _replace(path, without_block(text))
+    run("systemctl", "try-reload-or-restart", "xen9pd.service")  # one that does not run needs no telling
     return True
 
 
@@ -68,4 +70,3 @@ def _replace(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    run("systemctl", "reload", "xen9pd.service")

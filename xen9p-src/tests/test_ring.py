@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from serving import Served, memory_session, serve_memory
 from xen9p import codec
 from xen9p.client import Client

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from serving import Served, Session, memory_session, serve_memory, socket_session
 from xen9p import codec, server
 from xen9p.client import Client

@@ -262,6 +262,8 @@ static struct x9_req *find_live(struct x9_dev *dev, uint16_t tag)
 
 static void req_free(struct x9_req *req)
 {
+    if (req->held)
+        ring_release(&req->link->ring, req->held);
     free(req->flushes);
     free(req->msg);
     free(req);
@@ -347,8 +349,15 @@ static void *pool_thread(void *arg)
         call->dev = dev, call->link = req->link, call->msg = req->msg, call->size = req->size;
         call->tag = req->tag, call->type = req->type, call->may_block = true;
         call->req = req;
-        answer(call, fs_handle(call));
+        call->data_in_ring = req->held != NULL, call->data_pos = req->data_pos;
+        int result = fs_handle(call);
+        if (req->held) {
+            ring_release(&req->link->ring, req->held); /* before the reply: the peer may be waiting for room */
+            req->held = NULL;
+        }
+        answer(call, result);
         req_done(dev, req);
+        fs_write_back(call);
         pthread_mutex_lock(&dev->lock);
     }
     pthread_mutex_unlock(&dev->lock);
@@ -372,19 +381,22 @@ static void grow_pool(struct x9_dev *dev)
     pthread_attr_destroy(&attr);
 }
 
-/* Queues a private copy of the message. Returns an errno for the guest, or X9_DONE. */
+/* Queues a private copy of the message; the data of a Twrite stays in the ring until it is written. Returns an errno for the guest, or X9_DONE. */
 static int later(struct x9_call *call, bool cold)
 {
     struct x9_dev *dev = call->dev;
     struct x9_req *req = calloc(1, sizeof *req);
 
-    if (!req || !(req->msg = malloc(call->size))) {
-        free(req);
+    uint32_t private = call->data_in_ring ? X9_WRITE_HEADER : call->size;
+
+    if (!req || !(req->msg = malloc(private)) ||
+        (call->data_in_ring && !(req->held = call->held = ring_hold(&call->link->ring, call->size)))) {
+        if (req)
+            req_free(req);
         return ENOMEM;
     }
-    memcpy(req->msg, call->msg, call->data_in_ring ? X9_WRITE_HEADER : call->size);
-    if (call->data_in_ring)
-        ring_peek(&call->link->ring, X9_WRITE_HEADER, req->msg + X9_WRITE_HEADER, call->size - X9_WRITE_HEADER);
+    memcpy(req->msg, call->msg, private);
+    req->data_pos = call->data_pos;
     req->tag = call->tag, req->type = call->type, req->size = call->size, req->link = call->link;
     pthread_mutex_lock(&dev->lock);
     /* Backpressure: the messages stay in the ring. */
@@ -524,6 +536,9 @@ static void handle(struct x9_call *call)
         result = later(call, false);
     else if ((result = fs_handle(call)) == X9_LATER)
         result = later(call, false);
+    /* Before the reply: the peer may be waiting for room, and so one notification serves for both. */
+    if (call->data_in_ring && !call->held && ring_consume(&call->link->ring, call->size))
+        finish(dev, X9_SYSTEM, "out of memory");
     answer(call, result);
 }
 
@@ -554,14 +569,11 @@ static int serve_ring(struct x9_link *link, struct x9_call *call)
             break; /* the rest is still being written */
         call->link = link, call->msg = dev->buf, call->size = size;
         call->data_in_ring = dev->buf[4] == P9_TWRITE && size >= X9_WRITE_HEADER;
+        call->data_pos = ring->rx_pos + X9_WRITE_HEADER, call->held = NULL;
         ring_peek(ring, X9_HEADER, dev->buf + X9_HEADER, (call->data_in_ring ? X9_WRITE_HEADER : size) - X9_HEADER);
-        if (!call->data_in_ring)
-            ring_consume(ring, size); /* before the reply: the peer may be waiting for room */
+        if (!call->data_in_ring && ring_consume(ring, size))
+            finish(dev, X9_SYSTEM, "out of memory");
         handle(call);
-        if (call->data_in_ring) {
-            ring_consume(ring, size);
-            link_notify(link);
-        }
     }
     return taken;
 }
@@ -802,6 +814,8 @@ void x9_dev_free(x9_dev *dev)
         struct x9_link *link = dev->links[i];
         if (link->kind == X9_XEN)
             xen_unmap(link);
+        if (link->ring.held_tail)
+            ring_free(&link->ring);
         pthread_mutex_destroy(&link->tx_lock);
         free(link->stream_buf);
         free(link);

@@ -21,7 +21,11 @@ x9_front *x9_front_new(uint8_t *page, uint8_t *data, uint32_t order, int wait_fd
     return front;
 }
 
-void x9_front_free(x9_front *front) { free(front); }
+void x9_front_free(x9_front *front)
+{
+    ring_free(&front->ring);
+    free(front);
+}
 
 static int await(struct x9_front *front, int timeout_ms)
 {

@@ -590,7 +590,7 @@ static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset
     else if ((uint32_t)got < count && (fstat(fid->io_fd, &st) || offset + (uint64_t)got < (uint64_t)st.st_size))
         err = X9_LATER; /* not the end of the file: the rest is not in the page cache */
     if (err == EOPNOTSUPP) {
-        fid->plain_io = true;
+        fid->plain_read = true;
         err = X9_LATER;
     }
     if (!err) {
@@ -627,7 +627,7 @@ static int h_read(struct x9_call *call)
         return EINVAL;
     }
     if (!call->may_block) {
-        err = fid->plain_io || call->link->kind == X9_STREAM ? X9_LATER : read_cached(call, fid, offset, count);
+        err = fid->plain_read || call->link->kind == X9_STREAM ? X9_LATER : read_cached(call, fid, offset, count);
         fid_put(fid);
         return err;
     }
@@ -642,6 +642,35 @@ static int h_read(struct x9_call *call)
     dev_count_io(call->dev, (uint64_t)got, 0);
     call_send(call, buf, X9_READ_HEADER + (uint32_t)got);
     return X9_DONE;
+}
+
+#define STREAM_STEP (UINT64_C(4) << 20)
+
+/* Notices a sequential writer, and takes note of what fs_write_back() shall start on. Two messages of one fid may be
+ * here at once; then a range may be started late or twice, which does no harm. */
+static void follow_stream(struct x9_call *call, struct x9_fid *fid, uint64_t offset, uint64_t len)
+{
+    if (offset != fid->stream_end)
+        fid->stream_sent = offset;
+    fid->stream_end = offset + len;
+    if (fid->stream_end - fid->stream_sent < STREAM_STEP)
+        return;
+    call->stream = fid;
+    call->stream_from = fid->stream_sent;
+    call->stream_to = fid->stream_sent = fid->stream_end;
+    __atomic_add_fetch(&fid->refs, 1, __ATOMIC_RELAXED);
+}
+
+/* Starts writing back what a sequential writer has left behind, so that the disk works while the guest does and a
+ * Tfsync finds little to do. After the reply: nobody waits for it. */
+void fs_write_back(struct x9_call *call)
+{
+    if (!call->stream)
+        return;
+    sync_file_range(call->stream->io_fd, (off64_t)call->stream_from, (off64_t)(call->stream_to - call->stream_from),
+                    SYNC_FILE_RANGE_WRITE);
+    fid_put(call->stream);
+    call->stream = NULL;
 }
 
 static int h_write(struct x9_call *call)
@@ -659,7 +688,7 @@ static int h_write(struct x9_call *call)
         return err;
     if (offset > (uint64_t)INT64_MAX - count)
         err = EFBIG;
-    else if (!call->may_block && fid->plain_io)
+    else if (!call->may_block && fid->plain_write)
         err = X9_LATER;
     if (err) {
         fid_put(fid);
@@ -667,16 +696,17 @@ static int h_write(struct x9_call *call)
     }
     int n = 1;
     if (call->data_in_ring)
-        n = ring_rx_iov(&call->link->ring, X9_WRITE_HEADER, count, iov);
+        n = ring_rx_iov(&call->link->ring, call->data_pos, count, iov);
     else
         iov[0] = (struct iovec){(void *)(uintptr_t)(call->msg + X9_WRITE_HEADER), count};
     put = pwritev2(fid->io_fd, iov, n, (off_t)offset, call->may_block ? 0 : RWF_NOWAIT);
     err = put < 0 ? errno : 0;
     if (!call->may_block && (err == EAGAIN || err == EOPNOTSUPP)) {
-        if (err == EOPNOTSUPP)
-            fid->plain_io = true;
+        fid->plain_write = true; /* btrfs refuses whatever has to be copied on write: always */
         err = X9_LATER;
     }
+    if (!err && call->may_block)
+        follow_stream(call, fid, offset, (uint64_t)put);
     fid_put(fid);
     if (err)
         return err;

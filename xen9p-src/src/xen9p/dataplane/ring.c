@@ -25,6 +25,8 @@ int ring_init(struct x9_ring *ring, uint8_t *page, uint8_t *data, uint32_t order
         ring->tx_prod = out_prod, ring->tx_cons = out_cons, ring->tx_data = data + ring->half;
         ring->rx_prod = in_prod, ring->rx_cons = in_cons, ring->rx_data = data;
     }
+    pthread_mutex_init(&ring->held_lock, NULL);
+    ring->held = NULL, ring->held_tail = &ring->held;
     /* A worker that takes over from a dead one goes on where that one stopped. */
     ring->tx_pos = load(ring->tx_prod);
     ring->rx_pos = load(ring->rx_cons);
@@ -59,9 +61,10 @@ static int span(uint8_t *data, uint32_t half, uint32_t pos, uint32_t len, struct
     return first == len ? 1 : 2;
 }
 
-int ring_rx_iov(const struct x9_ring *ring, uint32_t skip, uint32_t len, struct iovec iov[2])
+/* At a position and not at the reader's: that may have moved on. */
+int ring_rx_iov(const struct x9_ring *ring, uint32_t pos, uint32_t len, struct iovec iov[2])
 {
-    return span(ring->rx_data, ring->half, ring->rx_pos + skip, len, iov);
+    return span(ring->rx_data, ring->half, pos, len, iov);
 }
 
 int ring_tx_iov(const struct x9_ring *ring, uint32_t skip, uint32_t len, struct iovec iov[2])
@@ -74,16 +77,80 @@ void ring_peek(const struct x9_ring *ring, uint32_t skip, uint8_t *to, uint32_t 
 {
     struct iovec iov[2];
 
-    ring_rx_iov(ring, skip, len, iov);
+    ring_rx_iov(ring, ring->rx_pos + skip, len, iov);
     memcpy(to, iov[0].iov_base, iov[0].iov_len);
     memcpy(to + iov[0].iov_len, iov[1].iov_base, iov[1].iov_len);
 }
 
-void ring_consume(struct x9_ring *ring, uint32_t len)
+/* Called with held_lock held. The peer may overwrite what lies before the first stretch that is not done. */
+static void give_back(struct x9_ring *ring)
 {
-    ring->rx_pos += len;
+    uint32_t kept = 0;
+
+    for (struct x9_held *held; (held = ring->held) && held->done; free(held))
+        if (!(ring->held = held->next))
+            ring->held_tail = &ring->held;
+    for (struct x9_held *held = ring->held; held; held = held->next)
+        kept += held->len;
     /* Release: our reads of the data come before the peer may overwrite it. */
-    __atomic_store_n(ring->rx_cons, ring->rx_pos, __ATOMIC_RELEASE);
+    __atomic_store_n(ring->rx_cons, ring->rx_pos - kept, __ATOMIC_RELEASE);
+}
+
+static struct x9_held *hold(struct x9_ring *ring, uint32_t len, bool done)
+{
+    struct x9_held *held = malloc(sizeof *held);
+
+    if (!held)
+        return NULL;
+    *held = (struct x9_held){len, done, NULL};
+    *ring->held_tail = held;
+    ring->held_tail = &held->next;
+    ring->rx_pos += len;
+    return held;
+}
+
+/* Takes len bytes and leaves them in the ring until ring_release(). NULL, and nothing taken, without memory. */
+struct x9_held *ring_hold(struct x9_ring *ring, uint32_t len)
+{
+    pthread_mutex_lock(&ring->held_lock);
+    struct x9_held *held = hold(ring, len, false);
+    pthread_mutex_unlock(&ring->held_lock);
+    return held;
+}
+
+/* Callable from any thread. */
+void ring_release(struct x9_ring *ring, struct x9_held *held)
+{
+    pthread_mutex_lock(&ring->held_lock);
+    held->done = true;
+    give_back(ring);
+    pthread_mutex_unlock(&ring->held_lock);
+}
+
+/* Takes len bytes and gives them back, as soon as all before them is. Returns 0 or ENOMEM. */
+int ring_consume(struct x9_ring *ring, uint32_t len)
+{
+    int err = 0;
+
+    pthread_mutex_lock(&ring->held_lock);
+    if (ring->held)
+        err = hold(ring, len, true) ? 0 : ENOMEM;
+    else
+        ring->rx_pos += len;
+    if (!err)
+        give_back(ring);
+    pthread_mutex_unlock(&ring->held_lock);
+    return err;
+}
+
+void ring_free(struct x9_ring *ring)
+{
+    while (ring->held) {
+        struct x9_held *held = ring->held;
+        ring->held = held->next;
+        free(held);
+    }
+    pthread_mutex_destroy(&ring->held_lock);
 }
 
 /* Writes behind the published index; the caller has checked ring_writable(). */

@@ -82,12 +82,22 @@ static inline void put_header(uint8_t *p, uint32_t size, uint8_t type, uint16_t 
 
 /* --- one half of a ring pair (xen.git docs/misc/9pfs, io/9pfs.h) --- */
 
+/* A stretch of the ring that is still being read; it is given back when all before it is. */
+struct x9_held {
+    uint32_t len;
+    bool done;
+    struct x9_held *next;
+};
+
 enum x9_side { X9_BACKEND, X9_FRONTEND };
 
 struct x9_ring {
     uint32_t *tx_prod, *tx_cons, *rx_prod, *rx_cons; /* in the shared interface page */
     uint8_t *tx_data, *rx_data;
     uint32_t half; /* bytes a direction */
+    /* Messages that were taken and not yet given back, in the order of the ring; empty most of the time. */
+    pthread_mutex_t held_lock;
+    struct x9_held *held, **held_tail;
     /* The peer can write the shared copies of our own indices too, so these private ones are what counts. */
     uint32_t tx_pos, rx_pos;
 };
@@ -96,8 +106,11 @@ int ring_init(struct x9_ring *ring, uint8_t *page, uint8_t *data, uint32_t order
 int64_t ring_readable(const struct x9_ring *ring);
 int64_t ring_writable(const struct x9_ring *ring);
 void ring_peek(const struct x9_ring *ring, uint32_t skip, uint8_t *to, uint32_t len);
-int ring_rx_iov(const struct x9_ring *ring, uint32_t skip, uint32_t len, struct iovec iov[2]);
-void ring_consume(struct x9_ring *ring, uint32_t len);
+int ring_rx_iov(const struct x9_ring *ring, uint32_t pos, uint32_t len, struct iovec iov[2]);
+int ring_consume(struct x9_ring *ring, uint32_t len);
+struct x9_held *ring_hold(struct x9_ring *ring, uint32_t len);
+void ring_release(struct x9_ring *ring, struct x9_held *held);
+void ring_free(struct x9_ring *ring);
 void ring_poke(struct x9_ring *ring, uint32_t skip, const uint8_t *from, uint32_t len);
 int ring_tx_iov(const struct x9_ring *ring, uint32_t skip, uint32_t len, struct iovec iov[2]);
 void ring_publish(struct x9_ring *ring, uint32_t len);
@@ -111,8 +124,9 @@ struct x9_fid {
     uint32_t uid;
     uint32_t format;
     uint32_t refs;
-    bool plain_io; /* the filesystem has no RWF_NOWAIT: leave its reads and writes to the pool */
+    bool plain_read, plain_write; /* RWF_NOWAIT leads nowhere here: leave it to the pool at once */
     uint64_t dir_pos;
+    uint64_t stream_end, stream_sent; /* a sequential writer: where it is, and up to where writeback has been started */
     pthread_mutex_t lock; /* Tlopen's change of state, and the position of a directory stream */
     struct x9_fid *next;
 };
@@ -159,6 +173,8 @@ struct x9_req {
     uint32_t size;
     uint8_t *msg;
     struct x9_link *link;
+    struct x9_held *held; /* a Twrite whose data is still in the ring, at data_pos */
+    uint32_t data_pos;
     bool running;
     bool replying; /* its reply is leaving: the peer may use the tag again any moment */
     uint16_t *flushes; /* tags of the Tflush requests that wait for this one */
@@ -213,13 +229,18 @@ struct x9_call {
     uint16_t tag;
     uint8_t type;
     bool may_block;     /* on a pool thread */
-    bool data_in_ring;  /* Twrite: the data is still in the ring */
+    bool data_in_ring;  /* Twrite: the data is still in the ring, at data_pos */
+    uint32_t data_pos;
+    struct x9_held *held; /* set by who leaves it there for the pool */
+    struct x9_fid *stream; /* a reference: its range [stream_from, stream_to) is worth writing back already */
+    uint64_t stream_from, stream_to;
     uint8_t *big;       /* msize bytes, or NULL: allocated on first use */
     uint8_t out[X9_SMALL];
     uint32_t out_len;
 };
 
 int fs_handle(struct x9_call *call);
+void fs_write_back(struct x9_call *call);
 bool fs_mutates(uint8_t type);
 bool fs_is_cold(uint8_t type);
 bool fs_is_known(uint8_t type);

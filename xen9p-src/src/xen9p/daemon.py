@@ -39,7 +39,9 @@ def lock(runtime: Path) -> int:
 
 def run(policy_path: Path, runtime: Path) -> int:
     """The service, until it is told to end. Workers stay; the next supervisor takes them over."""
-    rules = policy.load(policy_path)
+    # A missing path keeps its own grants back and not the service: after a reboot of the host, every guest's root
+    # waits for this.
+    rules = policy.load(policy_path, check_paths=False)
     try:
         runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
         lock(runtime)
@@ -72,6 +74,8 @@ def run(policy_path: Path, runtime: Path) -> int:
     loop.on_signal(signal.SIGHUP, hangup)
     notify("READY=1", supervisor.summary())
     log.info("xen9pd %s ready: Xen %s, %d rules", __version__, xen_version(), len(rules.rules))
+    for problem in policy.missing_paths(rules):
+        log.warning("policy: %s", problem)
     loop.run()
     notify("STOPPING=1")
     control.close()

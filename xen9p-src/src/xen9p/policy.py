@@ -95,8 +95,14 @@ class Policy:
         return list(grants.values())
 
 
-def load(path: Path = DEFAULT_PATH, *, check_paths: bool = True) -> Policy:
-    """The policy in a file. PolicyError carries one line for every problem found."""
+def load(path: Path = DEFAULT_PATH, *, check_paths: bool) -> Policy:
+    """The policy in a file. PolicyError carries one line for every problem found.
+
+    Args:
+        path: the TOML file.
+        check_paths: whether a path that is missing makes the policy wrong. To its author it does (`xen9p policy
+            check`); to the service it does not: one directory that is gone must cost its own guests and no others.
+    """
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
@@ -107,7 +113,7 @@ def load(path: Path = DEFAULT_PATH, *, check_paths: bool = True) -> Policy:
         raise PolicyError(f"{path} cannot be read: {error.strerror}", "run as root") from None
     policy = parse(text, str(path))
     if check_paths:
-        _raise(str(path), [p for e in policy.exports.values() for p in path_problems(e)])
+        _raise(str(path), missing_paths(policy))
     return policy
 
 
@@ -121,6 +127,11 @@ def parse(text: str, source: str = "policy") -> Policy:
     policy = parser.policy(document, source)
     _raise(source, parser.problems)
     return policy
+
+
+def missing_paths(policy: Policy) -> list[str]:
+    """What is wrong with the exports' paths on this machine now, a line each."""
+    return [problem for export in policy.exports.values() for problem in path_problems(export)]
 
 
 def path_problems(export: Export) -> list[str]:

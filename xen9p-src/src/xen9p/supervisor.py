@@ -501,15 +501,17 @@ class Supervisor:
                 self._detach_by_hand(request, answer)
 
     def reload(self) -> None:
-        """Reads the policy again. A bad one changes nothing and raises PolicyError."""
+        """Reads the policy again. A bad one changes nothing and raises PolicyError; a missing path is only said."""
         old = self.policy
         try:
-            self.policy = policy.load(Path(old.source))
+            self.policy = policy.load(Path(old.source), check_paths=False)
         except PolicyError as error:
             for line in error.message.splitlines():
                 log.error("policy not reloaded: %s", line)
             raise
         log.info("policy reloaded: %d rules", len(self.policy.rules))
+        for problem in policy.missing_paths(self.policy):
+            log.warning("policy: %s", problem)
         for guest in list(self.guests.values()):
             guest.refused.clear()
             # What somebody took away stays away, unless the policy says something new about it.

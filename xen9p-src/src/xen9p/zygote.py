@@ -96,7 +96,6 @@ def _child(request: Request, main: WorkerMain, listener: socket.socket, inherite
             inherited.close()
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        _rename(f"xen9p-{request.get('domid')}-{request.get('devid')}")
         status = main(request, listener)
     except BaseException as error:
         _complain(f"worker {request.get('domid')}/{request.get('devid')} of {request.get('guest')}", error)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.bench import boots, files, trees
-from ansible.module_utils.bench.host import BenchError, run
+from ansible.module_utils.bench.host import BenchError, alone, run
 from ansible.module_utils.bench.settings import Settings
 
 DOCUMENTATION = r"""
@@ -85,7 +85,8 @@ def main() -> None:
     values: dict[str, Any] = module.params
     try:
         given = Settings(**values["settings"])
-        changed, result, note = perform(values["do"], given, values["rounds"], values["program"])
+        with alone():
+            changed, result, note = perform(values["do"], given, values["rounds"], values["program"])
     except (BenchError, OSError) as error:
         module.fail_json(msg=f"benchmark: {error}")
     module.exit_json(changed=changed, result=result, note=note)

@@ -14,7 +14,7 @@ import pytest
 import bench_chart
 import bench_report
 import bench_stats
-from bench import policy
+from bench import host, policy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -153,6 +153,13 @@ def test_the_policy_block_goes_without_a_trace() -> None:
     before = "version = 1\n[exports.home]\npath = '/srv/home'\n"
     assert policy.without_block(before + policy.BEGIN + "anything\n" + policy.END) == before
     assert policy.without_block(before) == before
+
+
+def test_one_benchmark_at_a_time_on_a_host(tmp_path: Path) -> None:
+    with host.alone(tmp_path / "lock"), pytest.raises(host.BenchError, match=r"pid \d+"), host.alone(tmp_path / "lock"):
+        pass
+    with host.alone(tmp_path / "lock"):
+        pass
 
 
 def test_workloads_run_on_a_plain_directory(tmp_path: Path) -> None:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 class BenchError(Exception):
     """Something the user can act on. The message is one line: what is wrong; then what to do."""
+
+
+@contextlib.contextmanager
+def alone(path: Path = Path("/run/lock/xen9p-bench")) -> Iterator[None]:
+    """Hold the host for one part of a run: one whose controller went away may still be at it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(handle, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise BenchError(f"an earlier run (pid {owner}) is still at work on the host: wait, or kill it") from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
 
 
 def run(*command: str, timeout: float = 300.0) -> str:

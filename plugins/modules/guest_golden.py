@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.testbed import manifest
+from ansible.module_utils.testbed import image, lock, machine, manifest
+from ansible.module_utils.testbed import mirror as archives
 from ansible.module_utils.testbed.errors import TestbedError
 from ansible.module_utils.testbed.progress import Progress
 
@@ -24,6 +25,8 @@ description:
   - Runs mmdebstrap on the controller, with the hook C(customize.sh) of the given folder.
   - The result is a directory with C(golden.tar) (root.tar.zst, vmlinuz, initrd.img) and C(kernel-version), named
     by a hash of its inputs; a manifest beside them says what they were.
+  - Building needs root, looking (check mode) does not; the result belongs to the owner of the cache.
+  - On a miss, check mode fails if the controller lacks what a build needs.
 options:
   cache_dir: {type: path, required: true, description: [Where golden trees are kept.]}
   files: {type: path, required: true, description: [The folder with customize.sh and what it uses.]}
@@ -32,7 +35,7 @@ options:
   mirror:
     type: str
     default: ""
-    description: [The archive to use; empty for Debian's own with its updates.]
+    description: [The archive to use; empty for the controller's own.]
   packages: {type: list, elements: str, required: true, description: [What is installed.]}
   kernel_modules: {type: list, elements: str, required: true, description: [Kernel modules of the tree.]}
 author: [xen9p]
@@ -47,6 +50,7 @@ EXAMPLES = r"""
     kernel_modules: [9p, 9pnet_xen]
 """
 RETURN = r"""
+cached: {type: bool, returned: always, description: Whether it was there already.}
 identity: {type: str, returned: always, description: Twelve hexadecimal digits that name the inputs.}
 directory: {type: str, returned: always, description: Where the result is or will be.}
 kernel: {type: str, returned: always, description: Version of the kernel, empty in check mode on a miss.}
@@ -55,6 +59,7 @@ note: {type: str, returned: always, description: Which inputs changed.}
 
 TOOLS = {"mmdebstrap": "mmdebstrap", "zstd": "zstd", "dpkg-deb": "dpkg", "apt-get": "apt"}
 FREE_MIB = 2048
+PREFIX = "golden-"
 MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")
 # Documentation and translations would double the tree; hwdb.d describes hardware no PV guest has.
 EXCLUDED = (
@@ -90,16 +95,14 @@ def check_controller(cache: Path) -> None:
     if missing:
         packages = " ".join(missing)
         raise TestbedError(f"the controller lacks {packages}; run: apt-get install {packages}")
-    if os.geteuid() != 0:
-        raise TestbedError("building the guests' tree needs root (device nodes, owners); use sudo")
-    free = shutil.disk_usage(cache).free >> 20
+    free = int(machine.free_space(cache) * 1024)
     if free < FREE_MIB:
         raise TestbedError(
             f"{cache} has {free} MiB free and the guests' tree needs {FREE_MIB}; make room or set XEN9P_CACHE"
         )
 
 
-def mmdebstrap(inputs: dict[str, Any], mirror: str, files: Path, out: Path) -> list[str]:
+def mmdebstrap(inputs: dict[str, Any], sources: Sequence[str], files: Path, out: Path) -> list[str]:
     """Return the command that writes root.tar.zst into *out*; the hook writes the rest."""
     return [
         "mmdebstrap",
@@ -113,11 +116,11 @@ def mmdebstrap(inputs: dict[str, Any], mirror: str, files: Path, out: Path) -> l
         f'--customize-hook={files}/customize.sh "$1"',
         inputs["suite"],
         str(out / "root.tar.zst"),
-        *([mirror] if mirror else []),
+        *sources,
     ]
 
 
-def build(inputs: dict[str, Any], mirror: str, files: Path, out: Path, progress: Progress) -> None:
+def build(inputs: dict[str, Any], sources: Sequence[str], files: Path, out: Path, progress: Progress) -> None:
     """Run mmdebstrap into the empty directory *out*."""
     environment = os.environ | {
         "GOLDEN_FILES": str(files),
@@ -132,7 +135,12 @@ def build(inputs: dict[str, Any], mirror: str, files: Path, out: Path, progress:
     with (
         log.open("wb") as stream,
         subprocess.Popen(
-            mmdebstrap(inputs, mirror, files, out), env=environment, stdout=stream, stderr=subprocess.STDOUT
+            mmdebstrap(inputs, sources, files, out),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            preexec_fn=image.die_with_parent,  # noqa: PLW1509 - a module of Ansible has one thread
         ) as process,
     ):
         while process.poll() is None:
@@ -157,25 +165,45 @@ def last_line(log: Path) -> str:
     return lines[-1][3:].split(":")[0] if lines else "starting"
 
 
-def provide(target: Path, inputs: dict[str, Any], mirror: str, files: Path, progress: Progress) -> bool:
+def sweep(cache: Path) -> None:
+    """Remove what interrupted builds left behind: it is thrown away, never reused."""
+    for leftover in cache.glob(f"{PREFIX}*"):
+        if leftover.is_dir() and (leftover.suffix == ".part" or manifest.read(leftover) is None):
+            image.remove(leftover)
+
+
+def provide(target: Path, inputs: dict[str, Any], sources: Sequence[str], files: Path, progress: Progress) -> bool:
     """Build *target* unless it is complete; True when it was built. Two runs at once wait for each other."""
     cache = target.parent
     cache.mkdir(parents=True, exist_ok=True)
+    if os.geteuid() != 0:
+        raise TestbedError("building the guests' tree needs root (device nodes, owners): run it as root or with sudo")
     check_controller(cache)
-    with (cache / "golden.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock.exclusive(cache / "golden.lock", lambda: progress.show("waiting for another build to end")):
         if manifest.read(target) is not None:
             return False
-        # What an interrupted run left behind is thrown away, never reused.
+        sweep(cache)
         work = target.with_suffix(".part")
-        for leftover in (work, target):
-            shutil.rmtree(leftover, ignore_errors=True)
         work.mkdir()
-        build(inputs, mirror, files, work, progress)
+        build(inputs, sources, files, work, progress)
         bundle(work)
         manifest.write(work, inputs)
+        owner = cache.stat()
+        for path in (work, *work.iterdir()):
+            os.chown(path, owner.st_uid, owner.st_gid)
         work.rename(target)
         return True
+
+
+def described(given: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that decides what is in the tree: where it comes from does not, by intent."""
+    return {
+        "format": 2,
+        "suite": given["suite"],
+        "packages": sorted(set(given["packages"])),
+        "kernel_modules": sorted(set(given["kernel_modules"])),
+        "files": file_hashes(Path(given["files"])),
+    }
 
 
 def main() -> None:
@@ -194,25 +222,22 @@ def main() -> None:
     )
     given = module.params
     cache, files = Path(given["cache_dir"]), Path(given["files"])
-    inputs: dict[str, Any] = {
-        "format": 2,
-        "suite": given["suite"],
-        "packages": sorted(set(given["packages"])),
-        "kernel_modules": sorted(set(given["kernel_modules"])),
-        "files": file_hashes(files),
-    }
+    inputs = described(given)
     identity = manifest.digest(inputs)
-    target = cache / f"golden-{identity}"
+    target = cache / f"{PREFIX}{identity}"
     missing = manifest.read(target) is None
     note = ""
     built = missing
     progress = Progress(Path(given["progress"]) if given["progress"] else None)
     if missing:
-        note = "; ".join(manifest.changes(manifest.newest(cache, "golden-"), inputs))
-    if missing and not module.check_mode:
+        note = "; ".join(manifest.changes(manifest.newest(cache, PREFIX), inputs))
+    if missing:
         try:
-            progress.step("guests' golden tree")
-            built = provide(target, inputs, given["mirror"], files, progress)
+            if module.check_mode:
+                check_controller(cache)
+            else:
+                progress.step("guests' golden tree")
+                built = provide(target, inputs, archives.sources(given["suite"], given["mirror"]), files, progress)
         except (TestbedError, OSError) as error:
             module.fail_json(msg=f"{error}")
         finally:
@@ -220,6 +245,7 @@ def main() -> None:
     version = target / "kernel-version"
     module.exit_json(
         changed=built,
+        cached=not missing,
         identity=identity,
         directory=str(target),
         kernel=version.read_text().strip() if version.is_file() else "",

@@ -45,12 +45,6 @@ steps: {type: list, returned: when built, description: What was done and the sec
 """
 
 
-def sources(suite: str) -> list[str]:
-    """Return where the controller itself gets this release from, or at least the archive that it uses."""
-    archive = mirror.debian_mirror(suite)
-    return mirror.debian_sources(suite) or ([archive] if archive else [])
-
-
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -71,7 +65,7 @@ def main() -> None:
     cache = Path(values["cache_dir"])
     spec = image.ImageSpec(
         suite=values["suite"],
-        sources=[values["mirror"]] if values["mirror"] else sources(values["suite"]),
+        sources=mirror.sources(values["suite"], values["mirror"]),
         packages=values["packages"],
         excludes=values["excludes"],
         masked=values["masked_units"],

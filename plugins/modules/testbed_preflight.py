@@ -27,6 +27,7 @@ EXAMPLES = r"""
   testbed_preflight: {state_dir: .lab/lab, cache_dir: ~/.cache/xen9p, ssh_port: 2222, memory: 4096}
 """
 RETURN = r"""
+needs_root: {type: bool, returned: always, description: Whether something has to be built, which needs root.}
 """
 
 # What QEMU itself and the tools around it take beside the machine's memory, MiB.
@@ -49,10 +50,11 @@ def main() -> None:
     host = vm.Vm(Path(values["state_dir"]))
     old = host.recorded()
     running = host.pid() is not None
-    cached = manifest.newest(Path(values["cache_dir"]), image.PREFIX) is not None
+    # The golden tree of the guests is built by a role of its own, into the same cache.
+    cached = all(manifest.newest(Path(values["cache_dir"]), prefix) for prefix in (image.PREFIX, "golden-"))
     found = machine.problems(
         memory_mib=0 if running else values["memory"] + OVERHEAD,
-        # With an image in the cache a run needs room for the overlays only.
+        # With image and golden tree in the cache a run needs room for the overlays only.
         disk_gib=2 if cached else values["disk"],
         directories=sorted({Path(values["state_dir"]), Path(values["cache_dir"])}),
         port=None if running and old is not None and old.ssh_port == values["ssh_port"] else values["ssh_port"],
@@ -61,7 +63,7 @@ def main() -> None:
     problem = next(found, None)
     if problem is not None:
         module.fail_json(msg=problem)
-    module.exit_json(changed=False)
+    module.exit_json(changed=False, needs_root=not cached)
 
 
 if __name__ == "__main__":

@@ -67,3 +67,9 @@ def test_exclusive_waits_for_the_other_holder(tmp_path: Path) -> None:
 
     with lock.exclusive(tmp_path / "lock", on_wait):
         assert waited == [True]
+
+
+def test_a_lock_file_that_cannot_be_written_still_locks(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch(0o444)
+    with lock.exclusive(tmp_path / "lock"):
+        pass

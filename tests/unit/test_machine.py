@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +63,16 @@ def test_another_platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     (line,) = problems(tmp_path)
     assert line == "the testbed runs on Linux on amd64, not on Linux on aarch64"
+
+
+def test_root_is_wanted_only_where_something_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    wanted: dict[str, Any] = {"memory_mib": 0, "disk_gib": 0.0, "directories": [tmp_path], "port": None}
+    assert list(machine.problems(**wanted, needs_root=True)) == []
+    monkeypatch.setattr(shutil, "which", lambda tool, path=None: None if tool == "sudo" else f"/usr/bin/{tool}")
+    assert list(machine.problems(**wanted, needs_root=True)) == [
+        "building the images needs root: install sudo, or run as root",
+    ]
+    assert list(machine.problems(**wanted, needs_root=False)) == []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert list(machine.problems(**wanted, needs_root=True)) == []

@@ -83,3 +83,7 @@ def test_other_distributions_have_no_debian_mirror(tmp_path: Path) -> None:
 
 def test_no_sources_at_all(tmp_path: Path) -> None:
     assert mirror.debian_mirror("bookworm", tmp_path, tmp_path / "nothing") is None
+
+
+def test_what_is_given_comes_first() -> None:
+    assert mirror.sources("bookworm", "http://m.example/debian") == ["http://m.example/debian"]

@@ -90,11 +90,11 @@ def _build(cache: Path, target: Path, spec: ImageSpec, progress: Progress) -> No
         for path in [work, *work.iterdir()]:
             os.chown(path, owner.st_uid, owner.st_gid)
         work.chmod(0o755)
-        _remove(target)
+        remove(target)
         work.rename(target)
     finally:
         if work.exists():
-            _remove(work)
+            remove(work)
     _prune(cache, keep=target)
 
 
@@ -169,7 +169,7 @@ def _run(command: Sequence[str], progress: Progress | None = None, prefix: str =
             stderr=subprocess.STDOUT,
             env=env,
             text=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - a module of Ansible has one thread
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - a module of Ansible has one thread
         )
     except FileNotFoundError as error:
         raise TestbedError(f"{command[0]} is not installed: run `make lab`, or install it with apt") from error
@@ -189,7 +189,7 @@ def _run(command: Sequence[str], progress: Progress | None = None, prefix: str =
         raise TestbedError(f"{command[0]} failed: {first or last}{remedy}")
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to end this process with its parent: a build that nobody waits for would be in the way."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
@@ -203,7 +203,7 @@ def _version(tool: str) -> str:
     return done.stdout.strip().partition("\n")[0]
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a tree, but first unmount what a build that was killed may have left mounted below it."""
     mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for point in sorted((m for m in mounted if m.startswith(f"{path}/")), reverse=True):
@@ -214,7 +214,7 @@ def _remove(path: Path) -> None:
 
 def _sweep(cache: Path) -> None:
     for path in cache.glob(f"{PREFIX}part-*"):
-        _remove(path)
+        remove(path)
 
 
 def _prune(cache: Path, keep: Path, count: int = 2) -> None:
@@ -222,4 +222,4 @@ def _prune(cache: Path, keep: Path, count: int = 2) -> None:
     images = [d for d in cache.glob(f"{PREFIX}*") if d.is_dir() and d != keep]
     images.sort(key=lambda d: d.stat().st_mtime, reverse=True)
     for path in images[count - 1 :]:
-        _remove(path)
+        remove(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from .errors import TestbedError
 def exclusive(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the lock file *path*; wait for another holder, after calling *on_wait* once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    # To read is enough to lock: root's lock file in a user's cache serves that user, and the other way round.
+    with open(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

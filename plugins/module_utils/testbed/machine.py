@@ -11,12 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 TOOLS = {
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
     "mke2fs": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
+    "tar": "tar",
+    "zstd": "zstd",
 }
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -36,7 +40,7 @@ def problems(
         packages = " ".join(sorted({TOOLS[tool] for tool in missing}))
         yield f"{', '.join(missing)} not found: run `make lab`, or `apt install {packages}`"
     if needs_root and os.geteuid() != 0 and shutil.which("sudo") is None:
-        yield "building the host image needs root: install sudo, or run as root"
+        yield "building the images needs root: install sudo, or run as root"
     available = available_memory()
     if available is not None and available < memory_mib:
         yield (

@@ -6,6 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def sources(suite: str, given: str = "") -> list[str]:
+    """Return what mmdebstrap takes as the source of *suite*: *given*, or what the controller itself is set up with.
+
+    Empty (mmdebstrap's own choice) when the controller is not Debian.
+    """
+    if given:
+        return [given]
+    archive = debian_mirror(suite)
+    return debian_sources(suite) or ([archive] if archive else [])
+
+
 def debian_mirror(
     suite: str, apt_dir: Path = Path("/etc/apt"), os_release: Path = Path("/etc/os-release")
 ) -> str | None:

@@ -35,6 +35,12 @@ SLOWEST = 8
 # What only brings in other tasks is not shown: they speak for themselves.
 INCLUDES = frozenset(f"ansible.builtin.{verb}_{noun}" for verb in ("include", "import") for noun in ("role", "tasks"))
 
+# Messages of Ansible that leave the reason to the output of what ran.
+EMPTY_MESSAGES = ("non-zero return code", "failed to validate", "MODULE FAILURE", "Module result")
+# A ticket of `sudo -v` belongs to a terminal, and Ansible's workers have none: only -K helps.
+NO_PASSWORD = "sudo: a password is required"
+PASSWORD_REMEDY = "sudo wants a password: run again with -K (`make lab ARGS=-K`), or run as root"
+
 
 class CallbackModule(CallbackBase):
     """See DOCUMENTATION."""
@@ -258,18 +264,26 @@ def _span(seconds: float) -> str:
 
 
 def _reason(data: dict[str, Any]) -> str:
-    """Return one line: the message, or for a command that failed the last line of what it printed."""
-    message = str(data.get("msg") or "").strip()
+    """Return one line: the message, or for a command that failed the last telling line of what it printed."""
     for item in data.get("results", []):
         if isinstance(item, dict) and item.get("failed"):
             return _reason(item)
-    output = [
-        line for key in ("stderr", "module_stderr", "stdout") for line in str(data.get(key) or "").splitlines()[-1:]
-    ]
-    last = next((line.strip() for line in output if line.strip()), "")
-    if not message or message.startswith(("non-zero return code", "MODULE FAILURE", "Module result")):
+    message = str(data.get("msg") or "").strip()
+    if NO_PASSWORD in message:
+        return PASSWORD_REMEDY
+    # What runs a command or a check of its own keeps the reason in its output.
+    if not message or message.removeprefix("Task failed: ").startswith(EMPTY_MESSAGES):
         command = data.get("cmd")
         shown = " ".join(map(str, command)) if isinstance(command, list) else str(command or "")
         prefix = f"{shown[:60]}: " if shown else ""
-        message = f"{prefix}{last or message or 'no message'}"
+        message = f"{prefix}{_last_line(data) or message or 'no message'}"
     return " ".join(message.split())
+
+
+def _last_line(data: dict[str, Any]) -> str:
+    """Return the last line of what a program printed that says anything, its errors first."""
+    for key in ("stderr", "module_stderr", "stdout", "module_stdout"):
+        for line in reversed(str(data.get(key) or "").splitlines()):
+            if any(character.isalnum() for character in line) and not line.startswith("Shared connection to "):
+                return line.strip()
+    return ""

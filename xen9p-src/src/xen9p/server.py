@@ -20,6 +20,7 @@ from xen9p.dataplane import DataPlane, Fid, Request, identity, link_fd
 from xen9p.errors import ProtocolError
 
 LOG = logging.getLogger(__name__)
+_COMPLAINED: set[int] = set()
 NAME_MAX = 255
 SYMLINK_MAX = 4095
 AT_REMOVEDIR = 0x200
@@ -37,8 +38,10 @@ def serve(device: DataPlane, request: Request) -> None:
         device.reply_errno(request, errno.EPROTO)
     except OSError as error:
         device.reply_errno(request, error.errno or errno.EIO)
-    except Exception:  # a defect here must cost the guest one request and not its device
-        LOG.exception("%s failed", codec.message_name(request.type))
+    except Exception as error:  # a defect here must cost the guest one request and not its device
+        if request.type not in _COMPLAINED:  # once: a guest may be able to repeat it at will
+            _COMPLAINED.add(request.type)
+            LOG.error("%s failed: %r", codec.message_name(request.type), error)
         device.reply_errno(request, errno.EIO)
 
 
@@ -125,7 +128,7 @@ def _symlink(device: DataPlane, msg: codec.Tsymlink) -> Message:
 
 def _mknod(device: DataPlane, msg: codec.Tmknod) -> Message:
     name = check_name(msg.name)
-    if msg.major > 0xFFF or msg.minor > 0xFFFFF:
+    if msg.mode > 0o177777 or msg.major > 0xFFF or msg.minor > 0xFFFFF:
         raise _fail(errno.EINVAL)
     with device.fid(msg.dfid) as parent, identity(parent.uid, msg.gid):
         os.mknod(name, msg.mode, os.makedev(msg.major, msg.minor), dir_fd=_directory(parent))

@@ -11,11 +11,14 @@ import ctypes
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import stat
+import struct
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ from xen9p import server
 from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
 from xen9p.errors import Xen9pError
 
+SEND_TIMEOUT = struct.pack("ll", 2, 0)
+MOST_FIDS = 1 << 18
+RESERVED_FDS = 128  # for what is no fid: rings, sockets, the export
 HELLO_FIELDS = ("domid", "devid", "guest", "uuid", "tag", "export", "readonly")
 PR_SET_NAME = 15
 
@@ -47,8 +53,21 @@ def open_export(path: str) -> int:
 def prepare_process() -> None:
     """What every serving process needs before its first thread: exact modes, and rights that setfsuid(2) leaves."""
     os.umask(0)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.suppress(OSError):  # without CAP_SETPCAP files just belong to who runs the server
         keep_capabilities()
+
+
+def limits(wanted: Mapping[str, int] | None = None) -> Limits:
+    """The limits of a device: as wanted, and else as many fids as the process may have descriptors for.
+
+    A guest with cache=loose keeps a fid for every name that it has in its dentry cache, so there are many; an open
+    fid has two descriptors.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FIDS if soft == resource.RLIM_INFINITY else min(MOST_FIDS, (soft - RESERVED_FDS) // 2)
+    return Limits(**({"max_fids": max(most, 16)} | dict(wanted or {})))
 
 
 class Worker:
@@ -59,7 +78,8 @@ class Worker:
         self.listener = listener
         self.device: DataPlane | None = None
         self._clients: list[socket.socket] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of everything below, and of the device's life
+        self._stopping = False
         self._ready: dict[str, Any] | None = None
         self._last: dict[str, Any] | None = None
 
@@ -68,15 +88,20 @@ class Worker:
         prepare_process()
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         try:
-            self.device = device = self._open()
+            device = self._open()
         except Xen9pError as error:
             self._finish({"event": "failed", "reason": error.message})
             return 3 if error.errno == errno.EPROTO else 1
         with self._lock:
+            self.device = device
+            if self._stopping:  # asked while it was mapping
+                device.stop()
             self._ready = {"event": "ready", "order": device.order, "rings": len(self.request["rings"])}
             self._tell(self._ready)
         verdict = device.run(server.serve)
         reason = device.reason
+        with self._lock:  # nobody asks for statistics meanwhile
+            self.device = None
         device.close()
         stopped = verdict == Verdict.STOPPED
         self._finish({"event": "stopped"} if stopped else {"event": "ended", "reason": reason})
@@ -86,7 +111,7 @@ class Worker:
         device = DataPlane(
             open_export(self.request["path"]),
             bool(self.request["readonly"]),
-            Limits(**self.request.get("limits", {})),
+            limits(self.request.get("limits")),
         )
         try:
             for ring in self.request["rings"]:
@@ -108,8 +133,13 @@ class Worker:
         while True:
             try:
                 client, _ = self.listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED):
+                    return
+                time.sleep(1)  # the guest may have used up the descriptors; it will not for ever
+                continue
+            # A supervisor that has stopped reading must not hold up the end.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SEND_TIMEOUT)
             threading.Thread(target=self._converse, args=(client,), name="supervisor", daemon=True).start()
 
     def _converse(self, client: socket.socket) -> None:
@@ -127,12 +157,12 @@ class Worker:
                 self._clients.remove(client)
 
     def _obey(self, client: socket.socket, what: str) -> None:
-        if what == "stop":
-            if self.device:
-                self.device.stop()
-            return
-        if what == "stats" and self._ready and self.device and not self._last:
-            with self._lock:
+        with self._lock:
+            if what == "stop":
+                self._stopping = True
+                if self.device:
+                    self.device.stop()
+            elif what == "stats" and self.device:
                 self._send(client, {"event": "stats"} | dict(self.device.stats()))
 
     def _finish(self, event: dict[str, Any]) -> None:
@@ -161,13 +191,13 @@ def main(request: Mapping[str, Any], listener: socket.socket) -> int:
 
 def serve_connection(stream: socket.socket, path: str, readonly: bool) -> Verdict:
     """Serves one connected socket until it ends."""
-    device = DataPlane(open_export(path), readonly)
-    try:
-        device.add_stream(stream)
-        return device.run(server.serve)
-    finally:
-        device.close()
-        stream.close()
+    with stream:
+        device = DataPlane(open_export(path), readonly, limits())
+        try:
+            device.add_stream(stream)
+            return device.run(server.serve)
+        finally:
+            device.close()
 
 
 def _listen_at(address: tuple[str, int] | str) -> socket.socket:

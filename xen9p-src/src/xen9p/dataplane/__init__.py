@@ -96,6 +96,7 @@ class DataPlane:
         )
         self._dev = lib.x9_dev_new(config)
         if self._dev == ffi.NULL:
+            os.close(root_fd)
             raise Xen9pError("cannot make a device", hint="out of memory or file descriptors")
         self._keep: list[Any] = []
 

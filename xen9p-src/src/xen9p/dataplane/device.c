@@ -4,6 +4,7 @@
  * threads or, for cold messages, to Python. So a slow request holds up nobody, and replies leave in any order. */
 #include "x9.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <sys/eventfd.h>
@@ -13,11 +14,13 @@
 #include <time.h>
 
 #define POOL_STACK (256u * 1024)
+#define DRAIN_US 1000000u /* how long x9_dev_stop lets the requests in flight go on */
 #define TAKE_BUDGET 64 /* messages of one ring before the next ring has its turn */
 
 /* --- verdict, statistics --- */
 
 bool dev_stopping(struct x9_dev *dev) { return __atomic_load_n(&dev->stop, __ATOMIC_ACQUIRE); }
+bool dev_ending(struct x9_dev *dev) { return dev_stopping(dev) || __atomic_load_n(&dev->drain, __ATOMIC_ACQUIRE); }
 
 static void wake(int fd)
 {
@@ -44,9 +47,18 @@ static void finish(struct x9_dev *dev, int verdict, const char *format, ...)
     pthread_cond_broadcast(&dev->room);
     pthread_mutex_unlock(&dev->lock);
     wake(dev->stop_fd);
+    for (uint32_t i = 0; i < dev->nlinks; i++)
+        if (dev->links[i]->kind == X9_STREAM)
+            shutdown(dev->links[i]->wait_fd, SHUT_RDWR); /* somebody may be in send(2) to a peer that never reads */
 }
 
-void x9_dev_stop(x9_dev *dev) { finish(dev, X9_STOPPED, "stopped"); }
+/* Ends in good order: what has been taken is answered first, if that goes quickly. */
+void x9_dev_stop(x9_dev *dev)
+{
+    __atomic_store_n(&dev->drain, true, __ATOMIC_RELEASE);
+    wake(dev->stop_fd);
+}
+
 void x9_dev_fail(x9_dev *dev, const char *reason) { finish(dev, X9_PROTOCOL, "%s", reason); }
 const char *x9_dev_reason(x9_dev *dev) { return dev->reason; }
 uint32_t x9_dev_order(x9_dev *dev) { return dev->order; }
@@ -94,6 +106,12 @@ static int out_of_range(struct x9_link *link)
     return EPROTO;
 }
 
+static int too_long(struct x9_link *link)
+{
+    finish(link->dev, X9_SYSTEM, "a reply is longer than its ring");
+    return EMSGSIZE;
+}
+
 static void deadline_in(struct timespec *at, long ms)
 {
     clock_gettime(CLOCK_MONOTONIC, at);
@@ -125,9 +143,15 @@ int link_wait_room(struct x9_link *link, uint32_t len)
             return out_of_range(link);
         if (room >= len)
             return 0;
-        if (dev_stopping(link->dev))
+        if (len >= link->ring.half)
+            return too_long(link);
+        if (dev_ending(link->dev))
             return ECANCELED;
-        wait_for_events(link->dev, 100);
+        int err = wait_for_events(link->dev, 100);
+        if (err) {
+            finish(link->dev, X9_SYSTEM, "waiting for events: %s", strerror(err));
+            return err;
+        }
     }
 }
 
@@ -147,6 +171,8 @@ static int lock_with_room(struct x9_link *link, uint32_t len)
         pthread_mutex_unlock(&link->tx_lock);
         if (room < 0)
             return out_of_range(link);
+        if (len >= link->ring.half)
+            return too_long(link);
         if (dev_stopping(dev))
             return ECANCELED;
         deadline_in(&until, 100);
@@ -286,32 +312,41 @@ static void req_done(struct x9_dev *dev, struct x9_req *req)
     uint8_t msg[X9_HEADER];
 
     pthread_mutex_lock(&dev->lock);
+    while (req->nflushes) {
+        struct x9_flush flush = req->flushes[--req->nflushes];
+        pthread_mutex_unlock(&dev->lock);
+        put_header(msg, sizeof msg, P9_TFLUSH + 1, flush.tag);
+        link_send(flush.link, msg, sizeof msg, false);
+        pthread_mutex_lock(&dev->lock);
+    }
+    /* Last: a Tversion waits until nothing of the old session can follow its reply. */
     unlive(dev, req);
     pthread_mutex_unlock(&dev->lock);
-    for (uint32_t i = 0; i < req->nflushes; i++) {
-        put_header(msg, sizeof msg, P9_TFLUSH + 1, req->flushes[i]);
-        link_send(req->link, msg, sizeof msg, false);
-    }
     req_free(req);
 }
 
-/* Waits for every request in flight to end (Tversion). Returns 0, or an errno when the device is ending. */
-int dev_drain(struct x9_dev *dev)
+/* Waits a little for the requests in flight to end, on the reader. Returns whether there are any left. */
+static bool dev_drain_step(struct x9_dev *dev)
 {
     struct timespec until;
-    bool busy;
 
-    do {
-        pthread_mutex_lock(&dev->lock);
-        if (dev->nlive && !dev->stop) {
-            deadline_in(&until, 20);
-            pthread_cond_timedwait(&dev->idle, &dev->lock, &until);
-        }
-        busy = dev->nlive && !dev->stop;
-        pass_sign_on(dev); /* the reader is here and not at its events: let the others look */
-        pthread_mutex_unlock(&dev->lock);
-    } while (busy);
-    return dev_stopping(dev) ? ECANCELED : 0;
+    pthread_mutex_lock(&dev->lock);
+    if (dev->nlive && !dev->stop) {
+        deadline_in(&until, 20);
+        pthread_cond_timedwait(&dev->idle, &dev->lock, &until);
+    }
+    bool busy = dev->nlive && !dev->stop;
+    pass_sign_on(dev); /* the reader is here and not at its events: let the others look */
+    pthread_mutex_unlock(&dev->lock);
+    return busy;
+}
+
+/* Waits for all of them (Tversion). Returns 0, or an errno when the device is ending. */
+int dev_drain(struct x9_dev *dev)
+{
+    while (!dev_ending(dev) && dev_drain_step(dev))
+        ;
+    return dev_ending(dev) ? ECANCELED : 0;
 }
 
 /* --- the pool --- */
@@ -333,10 +368,10 @@ static void answer(struct x9_call *call, int result)
 static void *pool_thread(void *arg)
 {
     struct x9_dev *dev = arg;
-    struct x9_call *call = calloc(1, sizeof *call);
+    struct x9_call space = {0}, *call = &space;
 
     pthread_mutex_lock(&dev->lock);
-    while (call && !dev->stop) {
+    while (!dev->stop) {
         struct x9_req *req = pop(&dev->pool);
         if (!req) {
             dev->nidle++;
@@ -344,6 +379,7 @@ static void *pool_thread(void *arg)
             dev->nidle--;
             continue;
         }
+        dev->nqueued--;
         req->running = true;
         pthread_mutex_unlock(&dev->lock);
         call->dev = dev, call->link = req->link, call->msg = req->msg, call->size = req->size;
@@ -361,18 +397,17 @@ static void *pool_thread(void *arg)
         pthread_mutex_lock(&dev->lock);
     }
     pthread_mutex_unlock(&dev->lock);
-    if (call)
-        free(call->big);
-    free(call);
+    free(call->big);
     return NULL;
 }
 
-/* Called with dev->lock held. */
+/* Sees to it that one more request finds a thread, as far as there may be more. Called with dev->lock held. */
 static void grow_pool(struct x9_dev *dev)
 {
     pthread_attr_t attr;
 
-    if (dev->nidle || dev->npool >= dev->config.pool_threads)
+    /* A thread that has been signalled counts as idle until it has the lock; so do those that it is to take. */
+    if (dev->nqueued < dev->nidle || dev->npool >= dev->config.pool_threads)
         return;
     pthread_attr_init(&attr);
     pthread_attr_setstacksize(&attr, POOL_STACK);
@@ -381,7 +416,8 @@ static void grow_pool(struct x9_dev *dev)
     pthread_attr_destroy(&attr);
 }
 
-/* Queues a private copy of the message; the data of a Twrite stays in the ring until it is written. Returns an errno for the guest, or X9_DONE. */
+/* Queues a private copy of the message; the data of a Twrite stays in the ring until it is written. Returns an errno
+ * for the guest, or X9_DONE. */
 static int later(struct x9_call *call, bool cold)
 {
     struct x9_dev *dev = call->dev;
@@ -400,17 +436,27 @@ static int later(struct x9_call *call, bool cold)
     req->tag = call->tag, req->type = call->type, req->size = call->size, req->link = call->link;
     pthread_mutex_lock(&dev->lock);
     /* Backpressure: the messages stay in the ring. */
-    while (dev->nlive >= dev->config.max_queued && !dev->stop) {
+    while (dev->nlive >= dev->config.max_queued && !dev_ending(dev)) {
         struct timespec until;
         deadline_in(&until, 20);
         pthread_cond_timedwait(&dev->idle, &dev->lock, &until);
         pass_sign_on(dev);
     }
+    if (!cold) {
+        grow_pool(dev);
+        if (!dev->npool) {
+            pthread_mutex_unlock(&dev->lock);
+            call->held = NULL;
+            if (req->held)
+                ring_release(&req->link->ring, req->held), req->held = NULL, call->data_in_ring = false;
+            req_free(req);
+            return EAGAIN;
+        }
+        dev->nqueued++;
+    }
     req->next_live = dev->live;
     dev->live = req;
     dev->nlive++;
-    if (!cold)
-        grow_pool(dev);
     push(cold ? &dev->cold : &dev->pool, req);
     pthread_mutex_unlock(&dev->lock);
     return X9_DONE;
@@ -454,7 +500,7 @@ int x9_fid_clunk(x9_dev *dev, uint32_t num) { return fids_drop(&dev->fids, num);
 /* Makes num a fid of the export's root. Returns 0 or an errno. */
 int x9_fid_attach(x9_dev *dev, uint32_t num, uint32_t uid)
 {
-    int fd = dup(dev->config.root_fd);
+    int fd = fcntl(dev->config.root_fd, F_DUPFD_CLOEXEC, 0);
 
     if (fd < 0)
         return errno;
@@ -477,17 +523,22 @@ static int flush(struct x9_call *call)
     pthread_mutex_lock(&dev->lock);
     struct x9_req *req = find_live(dev, old);
     if (req && !req->running) {
-        unqueue(fs_is_cold(req->type) ? &dev->cold : &dev->pool, req);
+        if (fs_is_cold(req->type)) {
+            unqueue(&dev->cold, req);
+        } else {
+            unqueue(&dev->pool, req);
+            dev->nqueued--;
+        }
         unlive(dev, req);
         gone = req;
     } else if (req) {
         /* It runs: its own reply first, then Rflush. */
-        uint16_t *more = realloc(req->flushes, (req->nflushes + 1) * sizeof *more);
+        struct x9_flush *more = realloc(req->flushes, (req->nflushes + 1) * sizeof *more);
         result = more && req->nflushes < dev->config.max_queued ? X9_DONE : ENOMEM;
         if (more)
             req->flushes = more;
         if (result == X9_DONE)
-            more[req->nflushes++] = call->tag;
+            more[req->nflushes++] = (struct x9_flush){call->tag, call->link};
     }
     pthread_mutex_unlock(&dev->lock);
     if (gone)
@@ -551,7 +602,7 @@ static int serve_ring(struct x9_link *link, struct x9_call *call)
     struct x9_ring *ring = &link->ring;
     int taken = 0;
 
-    for (; taken < TAKE_BUDGET && !dev_stopping(dev); taken++) {
+    for (; taken < TAKE_BUDGET && !dev_ending(dev); taken++) {
         int64_t have = ring_readable(ring);
         if (have < 0) {
             out_of_range(link);
@@ -591,7 +642,7 @@ static int serve_stream(struct x9_link *link, struct x9_call *call)
         return 0;
     }
     have += (uint32_t)n;
-    while (have - at >= X9_HEADER && !dev_stopping(dev)) {
+    while (have - at >= X9_HEADER && !dev_ending(dev)) {
         uint32_t size = get32(link->stream_buf + at);
         if (size < X9_HEADER || size > size_limit(dev)) {
             finish(dev, X9_PROTOCOL, "message size %u is not between %u and %u", size, X9_HEADER, size_limit(dev));
@@ -659,7 +710,9 @@ static bool spin_on(struct x9_dev *dev, struct spin *spin)
         spin->idle_since = now;
     if (!spin->dense || now - spin->idle_since >= dev->config.spin_us)
         return false;
+#ifdef __x86_64__
     __builtin_ia32_pause();
+#endif
     return true;
 }
 
@@ -681,7 +734,7 @@ int x9_dev_run(x9_dev *dev)
         finish(dev, X9_SYSTEM, "out of memory");
     else
         call->dev = dev;
-    while (!dev_stopping(dev)) {
+    while (!dev_ending(dev)) {
         int taken = 0;
 
         for (uint32_t i = 0; i < dev->nlinks; i++) {
@@ -700,6 +753,9 @@ int x9_dev_run(x9_dev *dev)
         if (err)
             finish(dev, X9_SYSTEM, "waiting for events: %s", strerror(err));
     }
+    for (uint64_t until = now_us() + DRAIN_US; !dev_stopping(dev) && now_us() < until && dev_drain_step(dev);)
+        ;
+    finish(dev, X9_STOPPED, "stopped");
     for (uint32_t i = 0; i < dev->npool; i++)
         pthread_join(dev->threads[i], NULL);
     dev->npool = 0;

@@ -144,15 +144,23 @@ int fids_drop(struct x9_fids *fids, uint32_t num)
 
 void fids_clear(struct x9_fids *fids)
 {
+    struct x9_fid *all = NULL;
+
     pthread_mutex_lock(&fids->lock);
     for (uint32_t i = 0; i <= fids->mask; i++)
-        while (fids->buckets[i]) {
-            struct x9_fid *fid = fids->buckets[i];
+        for (struct x9_fid *fid; (fid = fids->buckets[i]);) {
             fids->buckets[i] = fid->next;
-            fid_put(fid);
+            fid->next = all;
+            all = fid;
         }
     fids->count = 0;
     pthread_mutex_unlock(&fids->lock);
+    /* Without the lock: closing may take long. */
+    while (all) {
+        struct x9_fid *fid = all;
+        all = fid->next;
+        fid_put(fid);
+    }
 }
 
 void fids_free(struct x9_fids *fids)

@@ -82,7 +82,8 @@ static int open_beneath(int dir, const char *name, uint64_t flags, uint64_t mode
     struct open_how how = {
         .flags = flags | O_CLOEXEC | O_NOFOLLOW,
         .mode = mode,
-        .resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | resolve,
+        /* NO_XDEV: what the host mounts below an export (a chroot's /proc, say) is not part of it. */
+        .resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV | resolve,
     };
     int fd;
 
@@ -292,7 +293,7 @@ static int h_walk(struct x9_call *call)
             break;
         }
         if (!strcmp(names[done], ".."))
-            next = open_parent(dev, at);
+            next = call->may_block ? open_parent(dev, at) : -EAGAIN;
         else if (!strcmp(names[done], "."))
             next = -EINVAL;
         else
@@ -303,7 +304,8 @@ static int h_walk(struct x9_call *call)
         }
         close(at);
         at = next;
-        err = fs_qid(dev, at, qids + done * 13, &format);
+        if ((err = fs_qid(dev, at, qids + done * 13, &format)))
+            break;
     }
     uint32_t uid = from->uid;
     if (err == EAGAIN && !call->may_block) {
@@ -446,10 +448,12 @@ static int reply_open(struct x9_call *call, int fd)
     return 0;
 }
 
-/* Opens an O_PATH descriptor for I/O after a look at what it is. Returns a descriptor or -errno. */
-static int open_for_io(struct x9_dev *dev, int fd, uint32_t format, uint32_t wire)
+/* Opens an O_PATH descriptor for I/O after a look at what it is. Returns a descriptor or -errno; -EAGAIN when it would
+ * have to wait (for a lease to be given up) and may not. */
+static int open_for_io(struct x9_call *call, int fd, uint32_t format, uint32_t wire)
 {
-    int flags = open_flags(wire);
+    struct x9_dev *dev = call->dev;
+    int flags = open_flags(wire) | (call->may_block ? 0 : O_NONBLOCK);
 
     if (format == S_IFLNK)
         return -ELOOP;
@@ -481,9 +485,9 @@ static int h_lopen(struct x9_call *call)
     if (fid->io_fd >= 0) {
         err = EINVAL; /* opened already */
     } else {
-        int io = open_for_io(call->dev, fid->path_fd, fid->format, wire);
+        int io = open_for_io(call, fid->path_fd, fid->format, wire);
         if (io < 0)
-            err = -io;
+            err = io == -EAGAIN && !call->may_block ? X9_LATER : -io;
         else if ((err = reply_open(call, io)))
             close(io);
         else
@@ -524,7 +528,7 @@ static int h_lcreate(struct x9_call *call)
         uint32_t format;
         int path = open_beneath(dir->path_fd, name, O_PATH, 0, 0);
         int err = path < 0 ? -path : fs_qid(call->dev, path, qid, &format);
-        io = err ? -err : format == S_IFDIR ? -EISDIR : open_for_io(call->dev, path, format, wire);
+        io = err ? -err : format == S_IFDIR ? -EISDIR : open_for_io(call, path, format, wire);
         if (path >= 0)
             close(path);
     }
@@ -676,13 +680,15 @@ void fs_write_back(struct x9_call *call)
 static int h_write(struct x9_call *call)
 {
     struct iovec iov[2];
-    uint32_t num = get32(call->msg + 7), count = get32(call->msg + 19);
-    uint64_t offset = get64(call->msg + 11);
     struct x9_fid *fid;
     ssize_t put;
     int err;
 
-    if (call->size < X9_WRITE_HEADER || count != call->size - X9_WRITE_HEADER)
+    if (call->size < X9_WRITE_HEADER)
+        return X9_MALFORMED;
+    uint32_t num = get32(call->msg + 7), count = get32(call->msg + 19);
+    uint64_t offset = get64(call->msg + 11);
+    if (count != call->size - X9_WRITE_HEADER)
         return X9_MALFORMED;
     if ((err = open_fid(call, num, S_IFREG, &fid)))
         return err;
@@ -737,9 +743,16 @@ static int h_readdir(struct x9_call *call)
         return ENOMEM;
     if ((err = open_fid(call, num, S_IFDIR, &fid)))
         return err;
-    bool top = is_root(call->dev, fid->path_fd);
+    struct stat st;
+    bool top = false;
     pthread_mutex_lock(&fid->lock);
-    if (offset != fid->dir_pos && lseek64(fid->io_fd, (off64_t)offset, SEEK_SET) < 0)
+    if (fstat(fid->io_fd, &st))
+        err = errno;
+    else
+        top = st.st_dev == call->dev->root_dev && st.st_ino == call->dev->root_ino;
+    if (err)
+        ;
+    else if (offset != fid->dir_pos && lseek64(fid->io_fd, (off64_t)offset, SEEK_SET) < 0)
         err = errno;
     else
         fid->dir_pos = offset;
@@ -762,7 +775,7 @@ static int h_readdir(struct x9_call *call)
             if (top && !strcmp(e->d_name, ".."))
                 ino = call->dev->root_ino; /* what is above the export is nobody's business */
             uint8_t *p = out + used;
-            encode_qid(call->dev, call->dev->root_dev, ino, DTTOIF(e->d_type), 0, p);
+            encode_qid(call->dev, st.st_dev, ino, DTTOIF(e->d_type), 0, p);
             put64(p + 13, (uint64_t)e->d_off);
             p[21] = e->d_type;
             put16(p + 22, (uint16_t)len);
@@ -793,8 +806,19 @@ static int h_clunk(struct x9_call *call)
     struct cursor c = body(call);
     uint32_t num = take32(&c);
 
+    struct stat st;
+
     if (!complete(&c))
         return X9_MALFORMED;
+    if (!call->may_block) {
+        struct x9_fid *fid = fids_get(&call->dev->fids, num);
+        /* The last of an unlinked file: closing it frees its extents, however many they are. */
+        bool last = fid && fid->format == S_IFREG && !fstatat(fid->path_fd, "", &st, AT_EMPTY_PATH) && !st.st_nlink;
+        if (fid)
+            fid_put(fid);
+        if (last)
+            return X9_LATER;
+    }
     int err = fids_drop(&call->dev->fids, num);
     if (!err)
         reply(call, 0);
@@ -835,7 +859,7 @@ static int h_readlink(struct x9_call *call)
     if (!fid)
         return EBADF;
     ssize_t n = fid->format == S_IFLNK ? readlinkat(fid->path_fd, "", target, sizeof target) : (errno = EINVAL, -1);
-    int err = n < 0 ? errno : 0;
+    int err = n < 0 ? errno : X9_HEADER + 2 + (uint32_t)n > call->dev->msize ? ENAMETOOLONG : 0;
     fid_put(fid);
     if (err)
         return err;

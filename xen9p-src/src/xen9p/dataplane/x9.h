@@ -167,6 +167,11 @@ struct x9_link {
     uint32_t stream_have;
 };
 
+struct x9_flush {
+    uint16_t tag;
+    struct x9_link *link;
+};
+
 struct x9_req {
     uint16_t tag;
     uint8_t type;
@@ -177,7 +182,7 @@ struct x9_req {
     uint32_t data_pos;
     bool running;
     bool replying; /* its reply is leaving: the peer may use the tag again any moment */
-    uint16_t *flushes; /* tags of the Tflush requests that wait for this one */
+    struct x9_flush *flushes; /* the Tflush requests that wait for this one */
     uint32_t nflushes;
     struct x9_req *next;      /* in its queue */
     struct x9_req *next_live; /* among all that are in flight */
@@ -201,7 +206,7 @@ struct x9_dev {
     pthread_mutex_t lock; /* everything from here to the statistics */
     struct x9_queue pool, cold;
     struct x9_req *live;
-    uint32_t nlive, npool, nidle;
+    uint32_t nlive, npool, nidle, nqueued; /* nqueued: in the pool's queue */
     pthread_cond_t idle; /* nlive fell */
     pthread_cond_t room; /* the peer gave a sign: there may be room for a reply */
     uint32_t room_waiters;
@@ -210,7 +215,8 @@ struct x9_dev {
     char reason[160];
     int verdict;
 
-    bool stop;
+    bool stop;  /* everybody out */
+    bool drain; /* take nothing new, finish what is here */
     uint8_t *buf; /* the reader's: msize bytes */
     uint64_t requests, read_bytes, written_bytes, errors, by_type[128];
 };
@@ -251,6 +257,7 @@ int link_wait_room(struct x9_link *link, uint32_t len);
 void link_notify(struct x9_link *link);
 void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len);
 bool dev_stopping(struct x9_dev *dev);
+bool dev_ending(struct x9_dev *dev);
 void dev_count_io(struct x9_dev *dev, uint64_t read, uint64_t written);
 int dev_drain(struct x9_dev *dev);
 

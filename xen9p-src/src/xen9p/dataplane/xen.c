@@ -25,6 +25,9 @@ static int say(struct x9_dev *dev, const char *what, int err)
     return err;
 }
 
+/* A grant or a port that does not work is the guest's fault, unless it was we who ran out of something. */
+static int blame(int err) { return err == ENOMEM || err == EMFILE || err == ENOSPC ? err : EPROTO; }
+
 int xen_open(struct x9_dev *dev)
 {
     if (dev->gnt_fd < 0 && (dev->gnt_fd = open("/dev/xen/gntdev", O_RDWR | O_CLOEXEC)) < 0)
@@ -78,7 +81,7 @@ int xen_map(struct x9_link *link, uint32_t domid, uint32_t ref, uint32_t port)
 
     int err = map_grants(dev, domid, &ref, 1, &link->map_page, &link->page_index);
     if (err)
-        return say(dev, "cannot map the interface page", err);
+        return blame(say(dev, "cannot map the interface page", err));
     uint32_t order = __atomic_load_n((uint32_t *)(void *)((uint8_t *)link->map_page + ORDER_OFFSET), __ATOMIC_ACQUIRE);
     if (order < 1 || order > X9_MAX_ORDER) {
         snprintf(dev->reason, sizeof dev->reason, "ring order %u is not between 1 and %u", order, X9_MAX_ORDER);
@@ -88,7 +91,7 @@ int xen_map(struct x9_link *link, uint32_t domid, uint32_t ref, uint32_t port)
     memcpy(refs, (uint8_t *)link->map_page + REFS_OFFSET, pages * sizeof *refs);
     err = map_grants(dev, domid, refs, pages, &link->map_data, &link->data_index);
     if (err)
-        return say(dev, "cannot map the ring", err);
+        return blame(say(dev, "cannot map the ring", err));
     link->data_bytes = (size_t)pages * PAGE;
     if (ring_init(&link->ring, link->map_page, link->map_data, order, X9_BACKEND)) {
         snprintf(dev->reason, sizeof dev->reason, "ring indices are out of range");
@@ -97,7 +100,7 @@ int xen_map(struct x9_link *link, uint32_t domid, uint32_t ref, uint32_t port)
     struct ioctl_evtchn_bind_interdomain bind = {.remote_domain = domid, .remote_port = port};
     int local = ioctl(dev->evt_fd, IOCTL_EVTCHN_BIND_INTERDOMAIN, &bind);
     if (local < 0)
-        return say(dev, "cannot bind the event channel", errno);
+        return blame(say(dev, "cannot bind the event channel", errno));
     link->port = (uint32_t)local;
     dev->order = order;
     return 0;

@@ -222,10 +222,13 @@ class Trees:
         """The guest's ssh host key, made once and kept outside the tree."""
         folder = self.state / name
         key = folder / "ssh_host_ed25519_key"
-        if not key.is_file():
+        # ssh-keygen writes the public half last: without it the pair may be half a pair.
+        if not (key.is_file() and key.with_suffix(".pub").is_file()):
             if not self.act(f"ssh host key of {name}"):
                 return {}
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for half in (key, key.with_suffix(".pub")):
+                half.unlink(missing_ok=True)
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(key))
         public = key.with_suffix(".pub").read_text()
         self.host_keys[name] = public.strip()

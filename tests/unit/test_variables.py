@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from testbed import variables
@@ -25,6 +26,35 @@ def test_a_typo_gets_the_closest_name() -> None:
     assert list(variables.unknown(["guest_memmory"], ROLES)) == [
         "unknown variable 'guest_memmory': did you mean 'guest_memory'?"
     ]
+
+
+ALL = variables.declared(REPOSITORY / "roles")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("tesbed_memory", "testbed_memory"),
+        ("xenhost_bridge", "xen_host_bridge"),
+        ("guests_memory", "guest_memory"),
+        ("store_devcie", "store_device"),
+    ],
+)
+def test_a_typo_in_the_prefix_is_seen_too(name: str, meant: str) -> None:
+    assert list(variables.unknown([name], ALL)) == [f"unknown variable {name!r}: did you mean {meant!r}?"]
+
+
+def test_names_of_ansible_and_of_others_pass() -> None:
+    names = [
+        *variables.MAGIC,
+        "ansible_store_device",
+        "__guest_memory",
+        "guest",
+        "molecule_yml",
+        "my_guests",
+        "ntp_servers",
+    ]
+    assert list(variables.unknown(names, ALL)) == []
 
 
 def test_a_name_like_no_other_gets_a_place_to_look() -> None:

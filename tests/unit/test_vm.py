@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -80,3 +81,53 @@ def test_guests_are_reached_through_the_host(tmp_path: Path) -> None:
     assert "Port 2299" in host
     assert "ProxyJump host" in guest
     assert "HostName 10.9.0.11" in guest
+
+
+class KilledError(Exception):
+    """The run ended here."""
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Machines that were started, by image; nothing is really run."""
+    started: list[str] = []
+
+    def make(arguments: Sequence[str]) -> None:
+        """Write the backing file's name, or the size, as the disk."""
+        path = Path(next(word for word in arguments if word.endswith(".part")))
+        path.write_text(arguments[arguments.index("-b") + 1] if "-b" in arguments else arguments[-1])
+
+    def backing(path: Path) -> str | None:
+        return str(Path(path.read_text()).parent) if path.exists() else None
+
+    monkeypatch.setattr(vm, "_qemu_img", make)
+    monkeypatch.setattr(vm, "_backing", backing)
+    monkeypatch.setattr(vm.Vm, "_launch", lambda self, spec: started.append(spec.image))
+    return started
+
+
+@pytest.mark.parametrize("where", ["_write_record", "_make_disks", "_launch"])
+def test_a_run_that_is_killed_on_the_way_to_a_new_image_can_be_repeated(
+    tmp_path: Path, launches: list[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    machine, newer = vm.Vm(tmp_path), vm.VmSpec(**{**vars(SPEC), "image": "/cache/host-2"})
+    machine.start(SPEC)
+    with monkeypatch.context() as patch:
+        patch.setattr(vm.Vm, where, lambda *_: (_ for _ in ()).throw(KilledError))
+        with pytest.raises(KilledError):
+            machine.start(newer)
+    machine.start(newer)
+    assert machine.recorded() == newer
+    assert machine.host_disk.read_text() == "/cache/host-2/disk.raw"
+    assert machine.store_disk.read_text() == "20G"
+    assert launches == ["/cache/host-1", "/cache/host-2"]
+
+
+@pytest.mark.usefixtures("launches")
+def test_without_a_record_the_disk_itself_tells(tmp_path: Path) -> None:
+    machine = vm.Vm(tmp_path)
+    machine.start(SPEC)
+    (tmp_path / "vm.json").unlink()
+    assert "new host disk" not in machine.start(SPEC)
+    (tmp_path / "vm.json").unlink()
+    assert "new host disk" in machine.start(vm.VmSpec(**{**vars(SPEC), "image": "/cache/host-2"}))

@@ -9,7 +9,29 @@ from typing import Any
 
 import yaml
 
-ENTRY = "main"
+# How alike (0 to 1, difflib) a name without any role's prefix has to be to count as a slip of the pen.
+NEAR = 0.85
+# What Ansible itself gives each host.
+MAGIC = frozenset(
+    [
+        "environment",
+        "group_names",
+        "groups",
+        "hostvars",
+        "inventory_dir",
+        "inventory_file",
+        "inventory_hostname",
+        "inventory_hostname_short",
+        "module_setup",
+        "omit",
+        "play_hosts",
+        "playbook_dir",
+        "role_name",
+        "role_names",
+        "role_path",
+        "vars",
+    ]
+)
 
 
 def declared(roles_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -28,13 +50,20 @@ def declared(roles_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def unknown(given: Iterable[str], roles: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a line for each given name that begins like a role's variable and that no role declares."""
+    """Yield a line for each given name that no role declares and that begins, or nearly is, like one that does.
+
+    Ansible's own names and internal ones (`__x`) pass, and so does what is far from every declared name.
+    """
     known = sorted({name for options in roles.values() for name in options})
     prefixes = tuple(f"{role}_" for role in roles)
-    for name in sorted(set(given)):
-        if not name.startswith(prefixes) or name in known:
+    for name in sorted(set(given) - set(known) - MAGIC):
+        if name.startswith(("ansible_", "__")):
             continue
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        # Under a role's prefix nothing else may stand; elsewhere only a near miss of the whole name is suspicious.
+        cutoff = 0.6 if name.startswith(prefixes) else NEAR
+        close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+        if not close and not name.startswith(prefixes):
+            continue
         hint = f"did you mean {close[0]!r}?" if close else "see docs/reference for the variables of the roles"
         yield f"unknown variable {name!r}: {hint}"
 

@@ -78,11 +78,14 @@ class Vm:
             self.stop()
             done.append("stopped: its settings changed")
         self.dir.mkdir(parents=True, exist_ok=True)
-        if old is not None and old.image != spec.image:
+        # Without a record (a run was killed, or wrote another form of it) the disk itself has to tell.
+        made_from = _backing(self.host_disk) if old is None else old.image
+        if made_from != spec.image:
             self.host_disk.unlink(missing_ok=True)
+        # First the record, then what it vouches for: a run that is killed in between repeats the rest.
+        self._write_record(spec)
         done += self._make_disks(spec)
         self._launch(spec)
-        self._record.write_text(json.dumps(asdict(spec), indent=1) + "\n")
         return [*done, f"started with {spec.accelerator}"]
 
     def stop(self, timeout: float = 40.0) -> bool:
@@ -129,14 +132,19 @@ class Vm:
         lines = ["".join(c for c in line if c.isprintable()).strip() for line in text.splitlines()]
         return next((line for line in reversed(lines) if line), "")[:100]
 
+    def _write_record(self, spec: VmSpec) -> None:
+        partial = self._record.with_suffix(".part")
+        partial.write_text(json.dumps(asdict(spec), indent=1) + "\n")
+        partial.replace(self._record)
+
     def _make_disks(self, spec: VmSpec) -> list[str]:
         done = []
         base = Path(spec.image) / image.DISK
         if not self.host_disk.exists():
-            _qemu_img(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base), str(self.host_disk)])
+            _new_disk(self.host_disk, ["-F", "raw", "-b", str(base)], [])
             done.append("new host disk")
         if not self.store_disk.exists():
-            _qemu_img(["create", "-q", "-f", "qcow2", str(self.store_disk), f"{spec.store_size}G"])
+            _new_disk(self.store_disk, [], [f"{spec.store_size}G"])
             done.append("new store disk")
         return done
 
@@ -217,6 +225,23 @@ def _gone(pid: int, timeout: float) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def _new_disk(path: Path, options: Sequence[str], size: Sequence[str]) -> None:
+    """Make a qcow2 file under a temporary name: half of one is never taken for whole."""
+    partial = path.with_suffix(".part")
+    _qemu_img(["create", "-q", "-f", "qcow2", *options, str(partial), *size])
+    partial.replace(path)
+
+
+def _backing(path: Path) -> str | None:
+    """Return the directory of the image that *path* is an overlay on, None when there is none or nobody can tell."""
+    command = ["qemu-img", "info", "--force-share", "--output=json", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return str(Path(json.loads(done.stdout)["backing-filename"]).parent)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _qemu_img(arguments: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ ARGS ?=
 LAB ?= lab
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export ARGS
 export XEN9P_STEPS := $(CURDIR)/.cache/steps
 
 .PHONY: help
@@ -31,7 +32,7 @@ test: ## check, and then everything again on nested Xen, from nothing (Molecule)
 
 .PHONY: verify
 verify: ## the tests of the lab that stands
-	@tools/bootstrap check
+	@tools/bootstrap installed
 	@XEN9P_LAB=$(LAB) .venv/bin/pytest tests/lab --junit-xml=junit-lab.xml $(ARGS)
 
 .PHONY: bench-quick
@@ -46,15 +47,17 @@ docs: ## build the documentation into site/
 
 .PHONY: stop
 stop: ## shut the testbed down; make lab starts it again
+	@tools/bootstrap installed
 	@$(PLAYBOOK) playbooks/stop.yml $(ARGS)
 
 .PHONY: reset
 reset: ## the testbed on fresh disks
-	@tools/bootstrap lab
+	@tools/bootstrap installed
 	@$(PLAYBOOK) playbooks/reset.yml $(ARGS)
 
 .PHONY: teardown
 teardown: ## remove the testbed; only the cache stays
+	@tools/bootstrap installed
 	@$(PLAYBOOK) playbooks/teardown.yml $(ARGS)
 
 .PHONY: lock

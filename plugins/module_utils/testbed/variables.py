@@ -13,7 +13,7 @@ import yaml
 NEAR = 0.85
 # What Ansible itself gives each host.
 MAGIC = frozenset(
-    [
+    {
         "environment",
         "group_names",
         "groups",
@@ -30,7 +30,7 @@ MAGIC = frozenset(
         "role_names",
         "role_path",
         "vars",
-    ]
+    }
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -10,19 +12,32 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving import memory_session, serve_memory, socket_session
+from hostile import FILE, NEW, REPLIES, REQUESTS, ROOT, SAMPLES, lengths, raw
+from serving import Session, memory_session, serve_memory, socket_session
 from xen9p import codec, server
 from xen9p.client import Client
-from xen9p.dataplane import Limits, Verdict
+from xen9p.dataplane import Verdict
 from xen9p.transport.memory import MemoryRingTransport
 
 PER_EXAMPLE = [HealthCheck.function_scoped_fixture]
-# Tlerror is a number and no message: nobody sends it.
-REQUESTS = sorted(t for t in codec.MESSAGES if t % 2 == 0 and t != codec.Tlerror.type)
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes and giving files away needs root")
 
 
-def raw(kind: int, tag: int, body: bytes) -> bytes:
-    return (7 + len(body)).to_bytes(4, "little") + bytes([kind]) + tag.to_bytes(2, "little") + body
+def refused(err: int) -> object:
+    return pytest.raises(OSError, match=os.strerror(err))
+
+
+def sample_id(message: codec.Message) -> str:
+    return codec.message_name(message.type)
+
+
+def ready(client: Client, path: Path) -> None:
+    """Makes the fids that the samples speak of, and checks that they have their numbers."""
+    (path / "f").write_text("content")
+    client.version()
+    assert client.attach() == ROOT
+    assert client.walk(ROOT, b"f") == FILE
+    client.lopen(FILE, os.O_RDWR)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=PER_EXAMPLE)
@@ -53,10 +68,44 @@ def test_a_cut_message_ends_the_device(export: Path, kind: int) -> None:
         client.close()
 
 
-def test_replies_sent_to_the_server_end_the_device(export: Path) -> None:
+def test_there_is_a_sample_of_every_request() -> None:
+    assert sorted(message.type for message in SAMPLES) == REQUESTS
+
+
+@pytest.mark.parametrize("message", [m for m in SAMPLES if lengths(m)], ids=sample_id)
+def test_a_raised_length_ends_the_device(export: Path, message: codec.Message) -> None:
+    """Each string, list and data with a length that its message does not hold, the rest being right."""
+    for at, size in lengths(message):
+        good = codec.encode(message, 5)
+        real = int.from_bytes(good[at : at + size], "little")
+        for lie in {real + 1, real + 4, 255, (1 << size * 8 - 1) - 1, (1 << size * 8) - 1}:
+            with serve_memory(export) as (rings, served):
+                client = Client(MemoryRingTransport(rings[0]))
+                ready(client, export)
+                client.send_raw(good[:at] + lie.to_bytes(size, "little") + good[at + size :])
+                assert served.join() == Verdict.PROTOCOL, (at, lie)
+                client.close()
+            assert sorted(os.listdir(export)) == ["f"], (at, lie)
+            assert (export / "f").read_text() == "content", (at, lie)
+
+
+@pytest.mark.parametrize("more", [1, 41, 65536, 2**31, 2**32 - 5])
+def test_a_write_of_more_than_its_message_holds(export: Path, more: int) -> None:
+    with serve_memory(export) as (rings, served):
+        client = Client(MemoryRingTransport(rings[0]))
+        ready(client, export)
+        body = FILE.to_bytes(4, "little") + bytes(8) + (4 + more).to_bytes(4, "little") + b"data"
+        client.send_raw(raw(codec.Twrite.type, 5, body))
+        assert served.join() == Verdict.PROTOCOL
+        client.close()
+    assert (export / "f").read_text() == "content"
+
+
+@pytest.mark.parametrize("kind", [*REPLIES, 1, 99, 127])
+def test_replies_sent_to_the_server_end_the_device(export: Path, kind: int) -> None:
     with serve_memory(export) as (rings, served):
         client, _ = Client.connect(MemoryRingTransport(rings[0]))
-        client.send_raw(raw(codec.Rversion.type, 1, b""))
+        client.send_raw(raw(kind, 1, b""))
         assert served.join() == Verdict.PROTOCOL
         client.close()
 
@@ -90,46 +139,72 @@ def test_a_tag_in_use_ends_the_device(export: Path) -> None:
         server._HANDLERS[codec.Tmkdir] = original
 
 
-def test_many_requests_queue_up_to_a_bound(export: Path) -> None:
-    limits = Limits(max_queued=4)
-    with memory_session(export, order=5, limits=limits) as session:
-        for tag in range(200):
-            session.client.send_raw(codec.encode(codec.Tmkdir(session.root, b"d%d" % tag, 0o755, 0), tag))
-            assert session.served.device.stats()["in_flight"] <= limits.max_queued
-        got = {codec.decode(session.client.recv_raw())[0] for _ in range(200)}
-        assert got == set(range(200))
-        assert len(os.listdir(export)) == 200
-
-
-def test_memory_stays_after_many_of_every_message(export: Path) -> None:
-    """Repetition leaks nothing: the heap grows by less than a byte a message."""
-    (export / "f").write_text("x" * 100)
-
-    def rss() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
+@pytest.mark.parametrize("name", [b"", b"a/b", b"/", b"../outside", b"a\0b", b"x" * 256, b".", b".."])
+def test_bad_new_names_are_refused(export: Path, name: bytes) -> None:
+    """What makes or moves a name, dots included: they name what is there already."""
     with memory_session(export) as session:
         client, root = session.client, session.root
+        (export / "f").touch()
+        (export / "d").mkdir()
+        file, directory = client.walk(root, b"f"), client.walk(root, b"d")
+        for attempt in (
+            lambda: client.link(root, file, name),
+            lambda: client.link(directory, file, name),
+            lambda: client.rename(file, root, name),
+            lambda: client.rename(directory, root, name),
+            lambda: client.rename(file, directory, name),
+            lambda: client.renameat(root, b"f", directory, name),
+            lambda: client.renameat(directory, name, root, b"moved"),
+            lambda: client.mkdir(directory, name),
+            lambda: client.symlink(directory, name, b"target"),
+            lambda: client.mknod(directory, name, stat.S_IFIFO | 0o600),
+            lambda: client.lcreate(client.walk(directory), name, os.O_RDWR),
+            lambda: client.unlinkat(directory, name),
+            lambda: client.unlinkat(directory, name, codec.AT_REMOVEDIR),
+        ):
+            with pytest.raises(OSError, match=r"Invalid argument|File name too long|File exists"):
+                attempt()
+        assert sorted(os.listdir(export)) == ["d", "f"]
+        assert not os.listdir(export / "d")
+        assert sorted(os.listdir(export.parent)) == ["export", "outside"]
 
-        def everything() -> None:
-            fid = client.walk(root, b"f")
-            client.lopen(fid, os.O_RDWR)
-            client.getattr(fid)
-            client.read(fid, 0, 100)
-            client.write(fid, 0, b"y" * 100)
-            client.setattr(fid, mode=0o600)
-            client.statfs(fid)
-            client.flush(3)
-            client.clunk(fid)
-            client.mkdir(root, b"d")
-            client.unlinkat(root, b"d", codec.AT_REMOVEDIR)
-            for attempt in (lambda: client.xattrwalk(root, b"a"), lambda: client.walk(root, b"nope")):
-                with pytest.raises(OSError, match=r"."):
-                    attempt()
 
-        for _ in range(300):
-            everything()
-        before = rss()
-        for _ in range(1500):
-            everything()
-        assert rss() - before < 1_000_000
+@pytest.mark.parametrize("kind", [stat.S_IFSOCK, pytest.param(stat.S_IFBLK, marks=AS_ROOT)], ids=["socket", "block"])
+def test_sockets_and_block_devices_are_never_opened(session: Session, kind: int) -> None:
+    # Were it opened, the answer would be ENXIO: nobody listens, and there is no device of that number.
+    session.client.mknod(session.root, b"node", kind | 0o666, major=0xABC, minor=0xDEF)
+    for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC, os.O_RDONLY | os.O_DIRECTORY):
+        with refused(errno.EPERM):
+            session.client.lopen(session.client.walk(session.root, b"node"), flags)
+        with refused(errno.EPERM):
+            session.client.lcreate(session.client.walk(session.root), b"node", flags)
+    session.client.renameat(session.root, b"node", session.root, b"moved")
+    assert [e.name for e in session.client.listdir(session.root)] == [b"moved"]
+
+
+def test_a_fid_survives_xattrcreate(session: Session) -> None:
+    session.client.write_file(session.root, b"f", b"content")
+    fid = session.client.walk(session.root, b"f")
+    for size in (0, 1, 2**32, 2**64 - 1):
+        with refused(errno.EOPNOTSUPP):
+            session.client.xattrcreate(fid, b"user.a", size)
+    session.client.lopen(fid)
+    assert session.client.read(fid, 0, 100) == b"content"
+    with refused(errno.EOPNOTSUPP):
+        session.client.rpc(codec.Txattrwalk(fid, NEW, b"user.a"))
+    with refused(errno.EBADF):
+        session.client.rpc(codec.Tclunk(NEW))
+
+
+@AS_ROOT
+@pytest.mark.parametrize("uname", [b"", b"root", b"../../outside", bytes(40), b"\xff" * 3000], ids=range(5))
+def test_a_forged_user_gets_the_same_tree(session: Session, uname: bytes) -> None:
+    """The ring says which export it is; n_uname names the owner of new files only, and nobody (~0) is root."""
+    tree = session.client.getattr(session.root).qid.path
+    for uid, owner in ((0, 0), (1234, 1234), (codec.NONUNAME, 0), (2**31, 2**31), (2**32 - 2, 2**32 - 2)):
+        fid = session.client.attach(uname=uname, n_uname=uid)
+        assert session.client.getattr(fid).qid.path == tree
+        session.client.lcreate(fid, b"f", os.O_RDWR)
+        assert (session.served.path / "f").stat().st_uid == owner
+        session.client.unlinkat(session.root, b"f")
+        session.client.clunk(fid)

@@ -38,6 +38,7 @@ def connect(name: str) -> Host:
             ssh_config=str(STATE / "ssh_config"),
             controlpath=str(CONTROL / name),
             controlpersist=600,
+            timeout=90,  # seconds to connect: two handshakes under emulation
         )
     return LIVE[name]
 

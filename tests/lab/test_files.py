@@ -76,7 +76,7 @@ def test_names_and_kinds(dom0: Dom0, where: str) -> None:
     with scratch(g1, f"{where}/kinds") as path:
         g1.check_output(
             f"cd {path} && echo a > a && ln a hard && ln -s a soft && mkdir d && mv a d/b && mkfifo fifo"
-            " && mknod null c 1 3 && echo x > 'odd name\n' && chmod 4751 d/b && chown 12:34 d/b"
+            " && mknod null c 1 3 && echo x > 'odd name\n' && chown 12:34 d/b && chmod 4751 d/b"
         )
         assert g1.check_output(
             f"cd {path} && cat hard; (echo through > fifo &) ; cat fifo; echo y > null; ls d"

@@ -274,7 +274,9 @@ def _reason(data: dict[str, Any]) -> str:
     # What runs a command or a check of its own keeps the reason in its output.
     if not message or message.removeprefix("Task failed: ").startswith(EMPTY_MESSAGES):
         command = data.get("cmd")
-        shown = " ".join(map(str, command)) if isinstance(command, list) else str(command or "")
+        words = [str(word) for word in command] if isinstance(command, list) else str(command or "").split()
+        # A shell's script speaks for itself.
+        shown = "" if words and Path(words[0]).name == "sh" else " ".join(words)
         prefix = f"{shown[:60]}: " if shown else ""
         message = f"{prefix}{_last_line(data) or message or 'no message'}"
     return " ".join(message.split())

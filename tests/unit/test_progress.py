@@ -46,6 +46,10 @@ def progress() -> ModuleType:
             "mkfs /dev/vdb: no space",
         ),
         (
+            {"msg": "non-zero return code", "cmd": ["/bin/sh", "-s", "x"], "stderr": "export x: create it\n"},
+            "export x: create it",
+        ),
+        (
             {"msg": "Task failed: MODULE FAILURE: see stderr", "module_stderr": "python3: not found\n---\n"},
             "python3: not found",
         ),

@@ -123,6 +123,11 @@ def parse(text: str, source: str = "policy") -> Policy:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(f"{source}: {_one_line(error)}", "see https://toml.io") from None
+    return from_document(document, source)
+
+
+def from_document(document: dict[str, Any], source: str = "policy") -> Policy:
+    """The policy in a document that TOML, or something else, has been read into; no look at the file system."""
     parser = _Parser()
     policy = parser.policy(document, source)
     _raise(source, parser.problems)

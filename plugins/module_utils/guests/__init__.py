@@ -1,0 +1,1 @@
+"""What the description of guests and policy says, checked on the controller."""

@@ -200,6 +200,14 @@ def serve_connection(stream: socket.socket, path: str, readonly: bool) -> Verdic
             device.close()
 
 
+def _serve_client(stream: socket.socket, path: str, readonly: bool) -> None:
+    """A client's thread: what is wrong with the export costs this client its connection, in one line."""
+    try:
+        serve_connection(stream, path, readonly)
+    except Xen9pError as error:
+        print(f"xen9p: error: {error}", file=sys.stderr, flush=True)
+
+
 def _listen_at(address: tuple[str, int] | str) -> socket.socket:
     try:
         if isinstance(address, str):
@@ -218,7 +226,7 @@ def _listen_at(address: tuple[str, int] | str) -> socket.socket:
 
 
 def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str) -> int:
-    """Serves a directory on a Unix socket (a path) or TCP (host, port), a thread a client, until interrupted.
+    """Serves a directory on a Unix socket (a path) or TCP (host, port), a thread a client, until SIGINT or SIGTERM.
 
     Raises:
         Xen9pError: the directory or the address is not usable.
@@ -226,11 +234,14 @@ def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str) -> i
     os.close(open_export(path))
     prepare_process()
     with _listen_at(address) as listener:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(f"serving {path} on {listener.getsockname()}", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 client, _ = listener.accept()
                 threading.Thread(
-                    target=serve_connection, args=(client, path, readonly), name="client", daemon=True
+                    target=_serve_client, args=(client, path, readonly), name="client", daemon=True
                 ).start()
+    if isinstance(address, str):
+        Path(address).unlink(missing_ok=True)
     return 0

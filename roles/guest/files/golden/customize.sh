@@ -85,6 +85,7 @@ trim() {
 cp -a --no-preserve=ownership "$GOLDEN_FILES/rootfs/." "$tree/"
 mkdir -p "$tree/home" "$tree/course" "$tree/root/.ssh"
 chmod 0700 "$tree/root/.ssh"
+chroot "$tree" ldconfig
 fetch_kernel
 install_modules
 build_initramfs

@@ -2,7 +2,7 @@
 
 Arguments: `exports` and `rules` of the policy, `guests` (names), `store` (mount point), `subvolumes` of the store,
 `memory` (empty, or MiB: `guests`, the sum of all, `machine` and `dom0` of the nested host). Returns `elsewhere`:
-name -> path of exports outside of the store.
+name -> path of exports outside of the store, and `trees`: the guests' own, by their path below the store.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class ActionModule(ActionBase):
         problem = next(_problems(given), None)
         if problem is not None:
             return {**result, "changed": False, "failed": True, "msg": problem}
-        return {**result, "changed": False, "elsewhere": plan.elsewhere(given["exports"], given["store"])}
+        outside = plan.elsewhere(given["exports"], given["store"])
+        trees = [f"guests/{name}" for name in given["guests"]]
+        return {**result, "changed": False, "elsewhere": outside, "trees": trees}
 
 
 def _problems(given: Mapping[str, Any]) -> Iterator[str]:

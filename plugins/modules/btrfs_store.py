@@ -27,6 +27,14 @@ options:
   mount: {type: path, required: true, description: [Where it is mounted.]}
   options: {type: str, default: noatime, description: [Mount options.]}
   subvolumes: {type: list, elements: str, default: [], description: [Names right below the mount.]}
+  trees:
+    type: list
+    elements: str
+    default: []
+    description:
+      - Directories below the mount that later steps make. While any of them is missing, a mounted filesystem
+        with less than O(room) free is refused.
+  room: {type: int, default: 1024, description: [MiB that have to be free to make O(trees).]}
   force_format:
     type: bool
     default: false
@@ -69,6 +77,8 @@ class Store:
     subvolumes: list[str]
     force: bool
     dry: bool
+    trees: list[str] = field(default_factory=list)
+    room: int = 0
     actions: list[str] = field(default_factory=list)
 
     def act(self, words: str) -> bool:
@@ -82,6 +92,7 @@ class Store:
             raise StoreError(f"{self.mount} has a {mounted} mounted; unmount it or choose another store_mount")
         if mounted:
             self.check_mounted_source()
+            self.check_room()
         else:
             self.have_source()
             self.have_filesystem()
@@ -91,6 +102,7 @@ class Store:
         if not mounted and self.act(f"mount {self.mount}"):
             self.announce()
             run("systemctl", "enable", "--now", self.unit_name())
+            self.check_room()
         for name in self.subvolumes:
             self.have_subvolume(self.mount / name)
 
@@ -112,6 +124,17 @@ class Store:
                     f"{self.mount} is already mounted from {actual}, not from {self.source};"
                     " correct store_device or unmount it"
                 )
+
+    def check_room(self) -> None:
+        """Refuse a store too full for what is still to be made in it: half of a tree helps nobody."""
+        missing = [tree for tree in self.trees if not (self.mount / tree).is_dir()]
+        found = os.statvfs(self.mount)
+        free = found.f_bavail * found.f_frsize >> 20
+        if missing and free < self.room:
+            raise StoreError(
+                f"the store {self.mount} has {free} MiB free, {self.room} are needed for {', '.join(missing)}:"
+                " remove files or take a larger store_device"
+            )
 
     def have_source(self) -> None:
         if self.is_file:
@@ -225,6 +248,8 @@ def main() -> None:
             "mount": {"type": "path", "required": True},
             "options": {"type": "str", "default": "noatime"},
             "subvolumes": {"type": "list", "elements": "str", "default": []},
+            "trees": {"type": "list", "elements": "str", "default": []},
+            "room": {"type": "int", "default": 1024},
             "force_format": {"type": "bool", "default": False},
         },
         mutually_exclusive=[["device", "loop_file"]],
@@ -242,6 +267,8 @@ def main() -> None:
         subvolumes=given["subvolumes"],
         force=given["force_format"],
         dry=module.check_mode,
+        trees=given["trees"],
+        room=given["room"],
     )
     try:
         store.converge()

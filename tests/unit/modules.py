@@ -1,0 +1,28 @@
+"""Ansible modules of ours for tests: loaded by path, with the names under which Ansible ships what they share."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import ansible.module_utils
+
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
+
+
+def load(name: str) -> ModuleType:
+    """Return the module *name* of plugins/modules."""
+    path = ansible.module_utils.__path__
+    if str(PLUGINS / "module_utils") not in path:
+        path.append(str(PLUGINS / "module_utils"))
+    spec = importlib.util.spec_from_file_location(f"module_{name}", PLUGINS / "modules" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by its name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

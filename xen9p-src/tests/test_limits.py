@@ -25,7 +25,7 @@ from xen9p.transport.memory import MemoryRingTransport
 
 REPEAT = int(os.environ.get("XEN9P_REPEAT", "150"))
 # C's heap is counted to the byte, so one lost allocation in every message shows; RSS moves for other reasons too.
-HEAP_SLACK, RSS_SLACK = 16_000, 8_000_000
+HEAP_SLACK, RSS_SLACK = 9_000, 16_000_000
 
 
 def test_many_requests_queue_up_to_a_bound(export: Path) -> None:
@@ -153,6 +153,20 @@ class Everything:
                 self.refused(message)
 
 
+def growth(work: Callable[[], None]) -> int:
+    """Bytes of heap that REPEAT calls leave. What is made once (a thread's buffer) is gone in another round; a leak,
+    60 bytes in each call, is in every one."""
+    left = 0
+    for _ in range(4):
+        before = heap()
+        for _ in range(REPEAT):
+            work()
+        left = heap() - before
+        if left < HEAP_SLACK:
+            break
+    return left
+
+
 @pytest.mark.parametrize("call", range(7))
 def test_repetition_keeps_nothing(session: Session, call: int) -> None:
     """Neither memory nor a descriptor nor a fid is left of any message, whether it worked or not."""
@@ -162,10 +176,8 @@ def test_repetition_keeps_nothing(session: Session, call: int) -> None:
     work = everything.calls()[call]
     for _ in range(50):
         work()
-    before, size, fds = heap(), rss(), descriptors()
-    for _ in range(REPEAT):
-        work()
-    assert heap() - before < HEAP_SLACK
+    size, fds = rss(), descriptors()
+    assert growth(work) < HEAP_SLACK
     assert rss() - size < RSS_SLACK
     assert descriptors() == fds
     assert session.served.device.stats()["fids"] == 1

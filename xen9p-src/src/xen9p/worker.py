@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import stat
@@ -200,12 +201,30 @@ def serve_connection(stream: socket.socket, path: str, readonly: bool) -> Verdic
             device.close()
 
 
-def _serve_client(stream: socket.socket, path: str, readonly: bool) -> None:
+Live = dict[socket.socket, threading.Thread]
+
+
+def _serve_client(stream: socket.socket, path: str, readonly: bool, live: Live) -> None:
     """A client's thread: what is wrong with the export costs this client its connection, in one line."""
     try:
         serve_connection(stream, path, readonly)
     except Xen9pError as error:
         print(f"xen9p: error: {error}", file=sys.stderr, flush=True)
+    finally:
+        live.pop(stream, None)
+
+
+def _accept_until_told(listener: socket.socket, told: socket.socket, path: str, readonly: bool) -> None:
+    live: Live = {}
+    while told not in select.select([listener, told], [], [])[0]:
+        client, _ = listener.accept()
+        thread = threading.Thread(target=_serve_client, args=(client, path, readonly, live), name="client", daemon=True)
+        live[client] = thread
+        thread.start()
+    for stream, thread in list(live.items()):
+        with contextlib.suppress(OSError):
+            stream.shutdown(socket.SHUT_RDWR)
+        thread.join(2)
 
 
 def _listen_at(address: tuple[str, int] | str) -> socket.socket:
@@ -233,15 +252,13 @@ def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str) -> i
     """
     os.close(open_export(path))
     prepare_process()
-    with _listen_at(address) as listener:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    told, tell = socket.socketpair()
+    # A handler that only leaves word: an exception out of nowhere could get lost in a finalizer.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: tell.send(b"!"))
+    with told, tell, _listen_at(address) as listener:
         print(f"serving {path} on {listener.getsockname()}", file=sys.stderr, flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                client, _ = listener.accept()
-                threading.Thread(
-                    target=_serve_client, args=(client, path, readonly), name="client", daemon=True
-                ).start()
+        _accept_until_told(listener, told, path, readonly)
     if isinstance(address, str):
         Path(address).unlink(missing_ok=True)
     return 0

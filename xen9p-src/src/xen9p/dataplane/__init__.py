@@ -239,7 +239,8 @@ class DataPlane:
 
     def stats_by_type(self) -> Mapping[int, int]:
         """How many messages of each type have come."""
-        return {kind: int(count) for kind, count in enumerate(self._stats().by_type) if count}
+        out = self._stats()  # held: by_type alone does not keep its memory
+        return {kind: int(count) for kind, count in enumerate(out.by_type) if count}
 
     def _stats(self) -> Any:
         out = ffi.new("x9_stats *")

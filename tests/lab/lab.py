@@ -55,10 +55,16 @@ def local(command: str) -> CommandResult:
     return testinfra.get_host("local://").run(command)
 
 
+def ask(name: str, command: str) -> str | None:
+    """What a command prints, over a connection of its own; None while the machine does not answer."""
+    options = "-o ControlMaster=no -o ControlPath=none -o ConnectTimeout=8"
+    result = local(f"ssh -F {STATE}/ssh_config {options} {name} {command}")
+    return str(result.stdout).strip() if result.rc == 0 else None
+
+
 def answers(name: str) -> bool:
     """Whether ssh works over a connection of its own."""
-    options = "-o ControlMaster=no -o ControlPath=none -o ConnectTimeout=8"
-    return bool(local(f"ssh -F {STATE}/ssh_config {options} {name} true").rc == 0)
+    return ask(name, "true") is not None
 
 
 def wait_until(what: str, check: Callable[[], bool], timeout: float = 60.0) -> float:

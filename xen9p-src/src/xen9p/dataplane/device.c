@@ -90,6 +90,23 @@ void x9_dev_stats(x9_dev *dev, x9_stats *out)
     pthread_mutex_unlock(&dev->lock);
 }
 
+/* Whether no request is in flight but the one that asks. */
+bool dev_idle(struct x9_dev *dev)
+{
+    pthread_mutex_lock(&dev->lock);
+    bool idle = !dev->nlive;
+    pthread_mutex_unlock(&dev->lock);
+    return idle;
+}
+
+uint64_t now_us(void)
+{
+    struct timespec at;
+
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return (uint64_t)at.tv_sec * 1000000 + (uint64_t)at.tv_nsec / 1000;
+}
+
 /* --- sending --- */
 
 void link_notify(struct x9_link *link)
@@ -382,6 +399,12 @@ static void *pool_thread(void *arg)
         dev->nqueued--;
         req->running = true;
         pthread_mutex_unlock(&dev->lock);
+        if (req->stream.fid) {
+            fs_write_back(&req->stream);
+            req_free(req);
+            pthread_mutex_lock(&dev->lock);
+            continue;
+        }
         call->dev = dev, call->link = req->link, call->msg = req->msg, call->size = req->size;
         call->tag = req->tag, call->type = req->type, call->may_block = true;
         call->req = req;
@@ -393,7 +416,7 @@ static void *pool_thread(void *arg)
         }
         answer(call, result);
         req_done(dev, req);
-        fs_write_back(call);
+        fs_write_back(&call->stream);
         pthread_mutex_lock(&dev->lock);
     }
     pthread_mutex_unlock(&dev->lock);
@@ -460,6 +483,26 @@ static int later(struct x9_call *call, bool cold)
     push(cold ? &dev->cold : &dev->pool, req);
     pthread_mutex_unlock(&dev->lock);
     return X9_DONE;
+}
+
+/* Has the pool start the writeback that a write on the reader asked for. If that cannot be, nothing is lost. */
+static void write_back_later(struct x9_call *call)
+{
+    struct x9_dev *dev = call->dev;
+    struct x9_req *req = calloc(1, sizeof *req);
+
+    if (!req) {
+        fid_put(call->stream.fid);
+        call->stream.fid = NULL;
+        return;
+    }
+    req->stream = call->stream;
+    call->stream.fid = NULL;
+    pthread_mutex_lock(&dev->lock);
+    grow_pool(dev);
+    dev->nqueued++;
+    push(&dev->pool, req);
+    pthread_mutex_unlock(&dev->lock);
 }
 
 /* --- for Python's threads --- */
@@ -591,6 +634,8 @@ static void handle(struct x9_call *call)
     if (call->data_in_ring && !call->held && ring_consume(&call->link->ring, call->size))
         finish(dev, X9_SYSTEM, "out of memory");
     answer(call, result);
+    if (call->stream.fid)
+        write_back_later(call);
 }
 
 static uint32_t size_limit(const struct x9_dev *dev) { return dev->msize ? dev->msize : X9_MIN_MSIZE; }
@@ -684,14 +729,6 @@ static int wait_for_events(struct x9_dev *dev, int timeout_ms)
     pass_sign_on(dev);
     pthread_mutex_unlock(&dev->lock);
     return err;
-}
-
-static uint64_t now_us(void)
-{
-    struct timespec at;
-
-    clock_gettime(CLOCK_MONOTONIC, &at);
-    return (uint64_t)at.tv_sec * 1000000 + (uint64_t)at.tv_nsec / 1000;
 }
 
 /* Whether to look once more before sleeping. Looking costs a processor, sleeping costs the peer a wake-up, so look only
@@ -862,6 +899,11 @@ void x9_dev_free(x9_dev *dev)
 {
     struct x9_req *req;
 
+    while ((req = pop(&dev->pool)))
+        if (req->stream.fid) { /* jobs of our own are not among the live requests */
+            fid_put(req->stream.fid);
+            req_free(req);
+        }
     while ((req = dev->live)) {
         dev->live = req->next_live;
         req_free(req);

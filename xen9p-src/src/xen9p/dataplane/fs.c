@@ -659,22 +659,31 @@ static void follow_stream(struct x9_call *call, struct x9_fid *fid, uint64_t off
     fid->stream_end = offset + len;
     if (fid->stream_end - fid->stream_sent < STREAM_STEP)
         return;
-    call->stream = fid;
-    call->stream_from = fid->stream_sent;
-    call->stream_to = fid->stream_sent = fid->stream_end;
+    call->stream = (struct x9_stream){fid, fid->stream_sent, fid->stream_end};
+    fid->stream_sent = fid->stream_end;
     __atomic_add_fetch(&fid->refs, 1, __ATOMIC_RELAXED);
 }
 
 /* Starts writing back what a sequential writer has left behind, so that the disk works while the guest does and a
  * Tfsync finds little to do. After the reply: nobody waits for it. */
-void fs_write_back(struct x9_call *call)
+void fs_write_back(struct x9_stream *stream)
 {
-    if (!call->stream)
+    if (!stream->fid)
         return;
-    sync_file_range(call->stream->io_fd, (off64_t)call->stream_from, (off64_t)(call->stream_to - call->stream_from),
+    sync_file_range(stream->fid->io_fd, (off64_t)stream->from, (off64_t)(stream->to - stream->from),
                     SYNC_FILE_RANGE_WRITE);
-    fid_put(call->stream);
-    call->stream = NULL;
+    fid_put(stream->fid);
+    stream->fid = NULL;
+}
+
+#define SLOW_WRITE_US 10000u
+#define SLOW_PAUSE_US 1000000u
+
+/* Where there are no writes without waiting (btrfs), a write on the reader is a chance: mostly it is a copy into the page
+ * cache, quicker than handing it to the pool. Take it while nothing else is under way and no write has been slow. */
+static bool take_chance(const struct x9_call *call)
+{
+    return now_us() >= call->dev->slow_until && dev_idle(call->dev);
 }
 
 static int h_write(struct x9_call *call)
@@ -694,7 +703,9 @@ static int h_write(struct x9_call *call)
         return err;
     if (offset > (uint64_t)INT64_MAX - count)
         err = EFBIG;
-    else if (!call->may_block && fid->plain_write)
+    bool chance = !call->may_block && fid->plain_write && take_chance(call);
+    uint64_t began = chance ? now_us() : 0;
+    if (!err && !call->may_block && fid->plain_write && !chance)
         err = X9_LATER;
     if (err) {
         fid_put(fid);
@@ -705,13 +716,18 @@ static int h_write(struct x9_call *call)
         n = ring_rx_iov(&call->link->ring, call->data_pos, count, iov);
     else
         iov[0] = (struct iovec){(void *)(uintptr_t)(call->msg + X9_WRITE_HEADER), count};
-    put = pwritev2(fid->io_fd, iov, n, (off_t)offset, call->may_block ? 0 : RWF_NOWAIT);
+    put = pwritev2(fid->io_fd, iov, n, (off_t)offset, call->may_block || chance ? 0 : RWF_NOWAIT);
     err = put < 0 ? errno : 0;
-    if (!call->may_block && (err == EAGAIN || err == EOPNOTSUPP)) {
+    if (chance) {
+        uint64_t now = now_us();
+        if (now - began > SLOW_WRITE_US)
+            call->dev->slow_until = now + SLOW_PAUSE_US;
+    }
+    if (!call->may_block && !chance && (err == EAGAIN || err == EOPNOTSUPP)) {
         fid->plain_write = true; /* btrfs refuses whatever has to be copied on write: always */
         err = X9_LATER;
     }
-    if (!err && call->may_block)
+    if (!err && (call->may_block || chance))
         follow_stream(call, fid, offset, (uint64_t)put);
     fid_put(fid);
     if (err)

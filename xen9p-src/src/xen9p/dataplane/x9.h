@@ -167,6 +167,12 @@ struct x9_link {
     uint32_t stream_have;
 };
 
+/* A stretch that a sequential writer has left behind: worth writing back already. */
+struct x9_stream {
+    struct x9_fid *fid; /* a reference, or NULL */
+    uint64_t from, to;
+};
+
 struct x9_flush {
     uint16_t tag;
     struct x9_link *link;
@@ -180,6 +186,7 @@ struct x9_req {
     struct x9_link *link;
     struct x9_held *held; /* a Twrite whose data is still in the ring, at data_pos */
     uint32_t data_pos;
+    struct x9_stream stream; /* a job of our own and no request: start writing this back */
     bool running;
     bool replying; /* its reply is leaving: the peer may use the tag again any moment */
     struct x9_flush *flushes; /* the Tflush requests that wait for this one */
@@ -217,6 +224,7 @@ struct x9_dev {
 
     bool stop;  /* everybody out */
     bool drain; /* take nothing new, finish what is here */
+    uint64_t slow_until; /* the reader's: us until which it leaves all writes to the pool */
     uint8_t *buf; /* the reader's: msize bytes */
     uint64_t requests, read_bytes, written_bytes, errors, by_type[128];
 };
@@ -238,15 +246,14 @@ struct x9_call {
     bool data_in_ring;  /* Twrite: the data is still in the ring, at data_pos */
     uint32_t data_pos;
     struct x9_held *held; /* set by who leaves it there for the pool */
-    struct x9_fid *stream; /* a reference: its range [stream_from, stream_to) is worth writing back already */
-    uint64_t stream_from, stream_to;
+    struct x9_stream stream;
     uint8_t *big;       /* msize bytes, or NULL: allocated on first use */
     uint8_t out[X9_SMALL];
     uint32_t out_len;
 };
 
 int fs_handle(struct x9_call *call);
-void fs_write_back(struct x9_call *call);
+void fs_write_back(struct x9_stream *stream);
 bool fs_mutates(uint8_t type);
 bool fs_is_cold(uint8_t type);
 bool fs_is_known(uint8_t type);
@@ -258,6 +265,8 @@ void link_notify(struct x9_link *link);
 void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len);
 bool dev_stopping(struct x9_dev *dev);
 bool dev_ending(struct x9_dev *dev);
+bool dev_idle(struct x9_dev *dev);
+uint64_t now_us(void);
 void dev_count_io(struct x9_dev *dev, uint64_t read, uint64_t written);
 int dev_drain(struct x9_dev *dev);
 

@@ -130,11 +130,6 @@ class Dom0:
         return str(self.run(f"xenstore-list {BACKEND}/{domid}").stdout).split()
 
 
-def guest_host(guest: str) -> Host:
-    """The testinfra host of a guest."""
-    return connect(guest)
-
-
 @contextmanager
 def scratch(host: Host, path: str) -> Iterator[str]:
     """A directory that is gone afterwards."""

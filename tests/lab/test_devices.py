@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lab import BACKEND, GUESTS, TAGS, Dom0, guest_host
+from lab import BACKEND, GUESTS, TAGS, Dom0, connect
 
 EACH = pytest.mark.parametrize(("guest", "tag"), [(g, t) for g in GUESTS for t in TAGS])
 
@@ -46,7 +46,7 @@ def test_no_qemu_serves_the_guests(dom0: Dom0) -> None:
 
 
 def test_what_a_guest_reads_is_what_its_worker_counts(dom0: Dom0) -> None:
-    guest = guest_host("g1")
+    guest = connect("g1")
     dom0.out("head -c 3000000 /dev/urandom > /srv/xen9p/home/counted")
     before = dom0.device("g1", "home")
     assert guest.check_output("cat /home/counted | wc -c").strip() == "3000000"

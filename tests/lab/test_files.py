@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lab import Dom0, guest_host, scratch
+from lab import Dom0, connect, scratch
 
 MSIZE = 512 * 1024
 RING_HALF = 1024 * 1024
@@ -26,7 +26,7 @@ SIZES = (
 
 
 def test_bytes_written_in_a_guest(dom0: Dom0) -> None:
-    g1, g2 = guest_host("g1"), guest_host("g2")
+    g1, g2 = connect("g1"), connect("g2")
     with scratch(g1, "/home/bytes"):
         sizes = " ".join(map(str, SIZES))
         g1.check_output(f"cd /home/bytes && for n in {sizes}; do head -c $n /dev/urandom > f$n; done; sync")
@@ -44,11 +44,11 @@ def test_bytes_written_in_dom0(dom0: Dom0) -> None:
         dom0.out(f"head -c {RING_HALF + 5} /dev/urandom > {path}/f")
         want = dom0.out(f"sha256sum < {path}/f")
         for guest in ("g1", "g2"):
-            assert guest_host(guest).check_output("sha256sum < /home/given/f") == want.strip()
+            assert connect(guest).check_output("sha256sum < /home/given/f") == want.strip()
 
 
 def test_bytes_of_a_guest_root(dom0: Dom0) -> None:
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     g1.check_output("head -c 700001 /dev/urandom > /root/mine; sync")
     assert dom0.out("sha256sum < /srv/xen9p/guests/g1/root/mine").strip() == g1.check_output("sha256sum < /root/mine")
     assert not dom0.host.file("/srv/xen9p/guests/g2/root/mine").exists
@@ -56,7 +56,7 @@ def test_bytes_of_a_guest_root(dom0: Dom0) -> None:
 
 
 def test_a_sparse_gibibyte(dom0: Dom0) -> None:
-    g1, g2 = guest_host("g1"), guest_host("g2")
+    g1, g2 = connect("g1"), connect("g2")
     with scratch(g1, "/home/sparse"):
         g1.check_output(
             "truncate -s 1G /home/sparse/f"
@@ -71,7 +71,7 @@ def test_a_sparse_gibibyte(dom0: Dom0) -> None:
 @pytest.mark.parametrize("where", ["/root", "/home"])
 def test_names_and_kinds(dom0: Dom0, where: str) -> None:
     """Links, FIFOs, sockets, devices, odd names, renames: as on any filesystem of the guest."""
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     there = {"/root": "/srv/xen9p/guests/g1/root", "/home": "/srv/xen9p/home"}[where]
     with scratch(g1, f"{where}/kinds") as path:
         g1.check_output(
@@ -91,13 +91,13 @@ def test_an_unlinked_open_file_goes_on_working() -> None:
         'open(F, "+>", "/home/gone") or die; unlink("/home/gone") or die; syswrite(F, "kept"); sysseek(F, 0, 0);'
         " sysread(F, $b, 9); print $b"
     )
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     assert g1.check_output(f"perl -e '{program}'") == "kept"
     assert not g1.file("/home/gone").exists
 
 
 def test_owners_are_those_of_the_guest(dom0: Dom0) -> None:
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     with scratch(g1, "/home/owners") as path:
         g1.check_output(
             f"chmod 1777 {path} && setpriv --reuid 1234 --regid 2345 --clear-groups"
@@ -111,7 +111,7 @@ def test_owners_are_those_of_the_guest(dom0: Dom0) -> None:
 
 
 def test_many_files_in_a_directory(dom0: Dom0) -> None:
-    g1, g2 = guest_host("g1"), guest_host("g2")
+    g1, g2 = connect("g1"), connect("g2")
     with scratch(g1, "/home/many") as path:
         dom0.out("cd /srv/xen9p/home/many && seq -f 'file-with-a-long-enough-name-%05g' 3000 | xargs touch")
         want = dom0.out("ls /srv/xen9p/home/many | sha256sum")
@@ -121,7 +121,7 @@ def test_many_files_in_a_directory(dom0: Dom0) -> None:
 
 def test_both_guests_at_once(dom0: Dom0) -> None:
     """Twenty appends from each guest, at the same time, all arrive (O_APPEND is the server's)."""
-    g1, g2 = guest_host("g1"), guest_host("g2")
+    g1, g2 = connect("g1"), connect("g2")
     with scratch(g1, "/home/both"):
         work = (
             "(for i in $(seq 20); do echo {} $i >> /home/both/log; done; touch /home/both/{}.done) > /dev/null 2>&1 &"

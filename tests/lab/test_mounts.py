@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lab import GUESTS, guest_host
+from lab import GUESTS, connect
 
 EACH_GUEST = pytest.mark.parametrize("guest", GUESTS)
 MSIZE = 512 * 1024
@@ -12,7 +12,7 @@ MSIZE = 512 * 1024
 
 def options(guest: str, path: str) -> tuple[str, str, dict[str, str]]:
     """Device, type and options of a mount, as the guest's kernel shows them."""
-    for line in guest_host(guest).check_output("cat /proc/mounts").splitlines():
+    for line in connect(guest).check_output("cat /proc/mounts").splitlines():
         device, where, kind, flags, *_ = line.split()
         if where == path:
             pairs = (flag.partition("=") for flag in flags.split(","))
@@ -37,12 +37,12 @@ def test_mount(guest: str, path: str, tag: str, access: str, cache: str | None) 
 
 @EACH_GUEST
 def test_the_guest_has_no_block_device(guest: str) -> None:
-    assert guest_host(guest).check_output("ls /sys/block") == ""
+    assert connect(guest).check_output("ls /sys/block") == ""
 
 
 @EACH_GUEST
 def test_the_guest_is_debian_and_healthy(guest: str) -> None:
-    host = guest_host(guest)
+    host = connect(guest)
     assert host.system_info.distribution == "debian"
     assert host.check_output("hostname") == guest
     assert host.check_output("cat /sys/hypervisor/type") == "xen"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lab import BACKEND, Dom0, guest_host, wait_until
+from lab import BACKEND, Dom0, connect, wait_until
 
 MOUNT = "mount -t 9p -o trans=xen,version=9p2000.L,msize=524288"
 
 
 def test_readonly_is_readonly(dom0: Dom0) -> None:
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     dom0.out("echo lesson > /srv/xen9p/course/lesson-test")
     assert g1.check_output("cat /course/lesson-test") == "lesson"
     assert "Read-only file system" in g1.run("touch /course/mine").stderr
@@ -43,7 +43,7 @@ def test_unknown_things_are_named(dom0: Dom0) -> None:
 
 
 def test_a_forged_aname_is_refused(dom0: Dom0) -> None:
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     result = g1.run(f"mkdir -p /mnt/x; {MOUNT},aname=/srv/xen9p/guests/g2 home /mnt/x")
     g1.run("umount /mnt/x; rmdir /mnt/x")
     assert result.rc != 0
@@ -53,7 +53,7 @@ def test_a_forged_aname_is_refused(dom0: Dom0) -> None:
 
 
 def test_detach_and_attach_by_hand(dom0: Dom0) -> None:
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     before = dom0.device("g1", "course")
     assert before is not None
     g1.check_output("umount /course")
@@ -72,7 +72,7 @@ def test_detach_and_attach_by_hand(dom0: Dom0) -> None:
 
 def test_a_rule_added_while_guests_run(dom0: Dom0) -> None:
     """A new export and rule reach a running guest by a reload; taking them away again disturbs no mount."""
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     pids = dom0.pids()
     dom0.out(
         "mkdir -p /srv/xen9p/extra && echo extra > /srv/xen9p/extra/f && cp /etc/xen9p/policy.toml /tmp/policy.keep"

@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from lab import BACKEND, GUESTS, TAGS, Dom0, answers, ask, drop_connection, guest_host, wait_until
+from lab import BACKEND, GUESTS, TAGS, Dom0, answers, ask, connect, drop_connection, wait_until
 
 BOOT = 150.0  # seconds that a guest may take under emulation while the other one runs
 
 
 def mounted(guest: str) -> bool:
-    out = guest_host(guest).check_output("cat /proc/mounts")
+    out = connect(guest).check_output("cat /proc/mounts")
     return all(re.search(rf"^{tag} \S+ 9p ", out, re.M) for tag in TAGS)
 
 
@@ -24,7 +24,7 @@ def comes_back(dom0: Dom0, guest: str, other_than: int | None) -> None:
     wait_until(f"{guest} has its mounts", lambda: mounted(guest), 30)
     for tag in TAGS:
         assert dom0.connected(guest, tag)
-    host = guest_host(guest)
+    host = connect(guest)
     host.check_output(f"echo {guest} > /home/back-{guest} && cat /home/back-{guest} && rm /home/back-{guest}")
 
 
@@ -44,7 +44,7 @@ def event_channels(dom0: Dom0) -> int:
 
 
 def test_a_killed_worker_is_replaced_and_the_others_never_notice(dom0: Dom0) -> None:
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     before = dom0.pids()
     dom0.out(f"kill -9 {before['g1', 'home']}")
     wait_until("a new worker serves", lambda: dom0.pid("g1", "home") not in (None, before["g1", "home"]), 30)
@@ -59,7 +59,7 @@ def test_a_killed_worker_is_replaced_and_the_others_never_notice(dom0: Dom0) -> 
 
 def test_a_restarted_supervisor_adopts_its_workers(dom0: Dom0) -> None:
     before = dom0.pids()
-    g1 = guest_host("g1")
+    g1 = connect("g1")
     g1.check_output("(for i in $(seq 100); do echo $i >> /home/during; sleep 0.1; done) > /dev/null 2>&1 &")
     dom0.out("systemctl restart xen9pd")
     wait_until("the supervisor answers", lambda: bool(dom0.run("xen9p status").rc == 0), 30)
@@ -85,7 +85,7 @@ page = mmap.mmap(fd, 4096, offset=struct.unpack_from("=Q", arg, 8)[0])
 page[{offset}:{offset + 4}] = struct.pack("=I", {value})
 """
     dom0.out(f"python3 -c '{poke}'")
-    g2 = guest_host("g2")
+    g2 = connect("g2")
     # Makes the ring busy. Nobody may wait for it: v9fs has no timeout, and its backend may be about to end.
     g2.run("nohup ls /course > /dev/null 2>&1 < /dev/null &")
     if offset == 128:
@@ -118,11 +118,11 @@ def test_destroy_and_create_by_hand(dom0: Dom0) -> None:
 
 def test_reboot(dom0: Dom0) -> None:
     domid = dom0.domid("g1")
-    guest_host("g1").check_output("echo kept > /root/kept; sync")
+    connect("g1").check_output("echo kept > /root/kept; sync")
     dom0.out("xl reboot g1")
     drop_connection("g1")
     comes_back(dom0, "g1", domid)
-    assert guest_host("g1").check_output("cat /root/kept; rm /root/kept") == "kept"
+    assert connect("g1").check_output("cat /root/kept; rm /root/kept") == "kept"
     assert domid is not None
     assert_no_trace(dom0, domid)
 

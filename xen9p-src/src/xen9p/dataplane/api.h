@@ -43,7 +43,6 @@ void x9_dev_stop(x9_dev *dev);
 void x9_dev_fail(x9_dev *dev, const char *reason);
 const char *x9_dev_reason(x9_dev *dev);
 void x9_dev_stats(x9_dev *dev, x9_stats *out);
-uint32_t x9_dev_msize(x9_dev *dev);
 
 x9_req *x9_next_cold(x9_dev *dev);
 void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len);

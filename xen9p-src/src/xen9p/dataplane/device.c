@@ -62,7 +62,6 @@ void x9_dev_stop(x9_dev *dev)
 void x9_dev_fail(x9_dev *dev, const char *reason) { finish(dev, X9_PROTOCOL, "%s", reason); }
 const char *x9_dev_reason(x9_dev *dev) { return dev->reason; }
 uint32_t x9_dev_order(x9_dev *dev) { return dev->order; }
-uint32_t x9_dev_msize(x9_dev *dev) { return dev->msize; }
 
 static void add(uint64_t *counter, uint64_t n) { __atomic_add_fetch(counter, n, __ATOMIC_RELAXED); }
 

@@ -762,16 +762,12 @@ static int h_readdir(struct x9_call *call)
     struct stat st;
     bool top = false;
     pthread_mutex_lock(&fid->lock);
-    if (fstat(fid->io_fd, &st))
+    if (fstat(fid->io_fd, &st) || (offset != fid->dir_pos && lseek64(fid->io_fd, (off64_t)offset, SEEK_SET) < 0)) {
         err = errno;
-    else
+    } else {
         top = st.st_dev == call->dev->root_dev && st.st_ino == call->dev->root_ino;
-    if (err)
-        ;
-    else if (offset != fid->dir_pos && lseek64(fid->io_fd, (off64_t)offset, SEEK_SET) < 0)
-        err = errno;
-    else
         fid->dir_pos = offset;
+    }
     while (!err && !full) {
         ssize_t n = getdents64(fid->io_fd, entries, sizeof entries);
         if (n <= 0) {

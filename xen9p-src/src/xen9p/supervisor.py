@@ -240,6 +240,7 @@ class Supervisor:
         guest.devices[devid] = managed
         managed.say("info", f"attached export={grant.export} access={_access(grant)} path={grant.path}")
         self._watch(managed)
+        self._prepare(managed)
         return managed
 
     def _watch(self, managed: Managed) -> None:
@@ -330,6 +331,10 @@ class Supervisor:
             managed.say("info", f"connected worker={managed.worker.pid if managed.worker else '-'}")
         elif state == XenbusState.CLOSED:
             managed.say("info", "closed")
+            if managed.machine.phase is Phase.FAILED:
+                self._end_unused(managed)
+        elif state == XenbusState.INIT_WAIT:
+            self._prepare(managed)
 
     def _set_timer(self, managed: Managed, seconds: float, epoch: int) -> None:
         def fire() -> None:
@@ -349,6 +354,7 @@ class Supervisor:
         old, domid = managed.devid, guest.id.domid
         new = guest.new_devid(xenbus.used_devids(self.store, domid))
         self._unwatch(managed)
+        self._end_unused(managed)
         xenbus.remove(self.store, guest.id, old)
         del guest.devices[old]
         managed.devid = new
@@ -360,10 +366,12 @@ class Supervisor:
         guest.devices[new] = managed
         managed.say("info", f"attached anew after device={domid}/{old} was closed")
         self._watch(managed)
+        self._prepare(managed)
 
     def _remove(self, managed: Managed) -> None:
         guest = managed.owner
         self.loop.cancel(managed.timer)
+        self._end_unused(managed)
         if guest.devices.get(managed.devid) is managed:
             del guest.devices[managed.devid]
         successor = self.guests.get(guest.id.domid)
@@ -382,8 +390,13 @@ class Supervisor:
             self.guarded(lambda: self._perform(managed, managed.machine.worker_ready()))
 
         def gone(last: str, reason: str) -> None:
-            managed.worker = None
+            if managed.worker is worker:
+                managed.worker = None
             machine = managed.machine
+            if not worker.has_rings:
+                if last == "failed":  # asked to map, the next one fails the same way, and then it counts
+                    managed.say("warning", f"its worker could not get ready: {reason}")
+                return
             if last in ("failed", "ended"):
                 actions = machine.worker_failed(reason)
             elif last == "stopped" and machine.phase is not Phase.STOPPING:
@@ -393,10 +406,25 @@ class Supervisor:
             self.guarded(lambda: self._perform(managed, actions))
 
         path = workers.socket_path(self.runtime, managed.owner.id.domid, managed.devid)
-        managed.worker = Worker(self.loop, path, ready, gone)
-        return managed.worker
+        managed.worker = worker = Worker(self.loop, path, ready, gone)
+        return worker
 
     def _spawn(self, managed: Managed, rings: tuple[device.Ring, ...]) -> None:
+        self._prepare(managed).map(_plain(rings))
+
+    def _end_unused(self, managed: Managed) -> None:
+        """Ends a worker that has no rings: its device is closing before it was ever used."""
+        if managed.worker is not None and not managed.worker.has_rings:
+            managed.worker.kill()
+            managed.worker = None
+
+    def _prepare(self, managed: Managed) -> Worker:
+        """The device's worker: one that waits for its rings already, or a new one.
+
+        It is started ahead of its rings, because the guest waits from the moment that it has published them.
+        """
+        if managed.worker is not None:
+            return managed.worker
         who, grant = managed.owner.id, managed.grant
         worker = self._new_worker(managed)
         request: Object = {
@@ -408,10 +436,10 @@ class Supervisor:
             "export": grant.export,
             "path": str(grant.path),
             "readonly": grant.readonly,
-            "rings": [{"ref": r.ref, "port": r.port} for r in rings],
             "socket": str(workers.socket_path(self.runtime, who.domid, managed.devid)),
         }
         self.zygote.spawn(worker, request)
+        return worker
 
     # After a restart of ours.
 
@@ -447,10 +475,10 @@ class Supervisor:
         rings: tuple[device.Ring, ...] = ()
         if left.failed:
             phase = Phase.FAILED
+        elif published == XenbusState.INIT_WAIT and (found is None or found.hello.get("state") == "prepared"):
+            phase = Phase.WAITING
         elif found is not None:
             phase = Phase.STARTING
-        elif published == XenbusState.INIT_WAIT:
-            phase = Phase.WAITING
         elif published == XenbusState.CONNECTED:
             phase = Phase.STARTING
         else:
@@ -467,11 +495,15 @@ class Supervisor:
         guest.devices[left.devid] = managed
         if found is not None:
             managed.say("info", f"taken over worker={found.pid}")
-            machine.adopted()
-            self._new_worker(managed).adopt(found.pid, found.sock, found.hello)
-        elif problem:
+            worker = self._new_worker(managed)
+            worker.adopt(found.pid, found.sock, found.hello)
+            if phase is not Phase.WAITING:
+                machine.adopted()
+            if phase is Phase.STARTING and not worker.has_rings and not problem:
+                worker.map(_plain(rings))
+        if problem and not (managed.worker and managed.worker.has_rings):
             self._perform(managed, machine.violation(problem))
-        elif phase is Phase.STARTING:
+        elif phase is Phase.STARTING and found is None:
             managed.say("warning", "its worker died while no supervisor was there; starting another")
             self._perform(managed, machine.orphaned())
         self._watch(managed)
@@ -631,6 +663,10 @@ class Supervisor:
             ],
             "devices": [_device_status(d) for g in guests for _, d in sorted(g.devices.items())],
         }
+
+
+def _plain(rings: tuple[device.Ring, ...]) -> list[Object]:
+    return [{"ref": r.ref, "port": r.port} for r in rings]
 
 
 def _access(grant: Grant) -> str:

@@ -1,6 +1,7 @@
 """A worker: the process that serves one device, and the server behind `xen9p serve`.
 
-A worker knows no XenStore and no policy. Its request says which grants to map and which directory to serve; it
+A worker knows no XenStore and no policy. Its request says which directory to serve to whom. It is started when the
+device is attached, so that it is prepared when the guest has made its rings; an order says then which grants to map. It
 reports over its own Unix socket, in JSON lines, so that a restarted supervisor finds it again.
 """
 
@@ -20,7 +21,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +81,34 @@ class Worker:
         self.device: DataPlane | None = None
         self._clients: list[socket.socket] = []
         self._lock = threading.Lock()  # of everything below, and of the device's life
+        self._told = threading.Condition(self._lock)
         self._stopping = False
+        self._rings: list[dict[str, int]] | None = None
         self._ready: dict[str, Any] | None = None
         self._last: dict[str, Any] | None = None
 
     def run(self) -> int:
-        """Maps, serves, ends. Returns the exit code: 0 stopped, 1 the host's fault, 3 the guest's."""
+        """Prepares, waits for the rings, maps, serves, ends.
+
+        Returns:
+            The exit code: 0 stopped, 1 the host's fault, 3 the guest's.
+        """
         prepare_process()
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         try:
             device = self._open()
+            rings = self._wait_for_rings()
+            self._map(device, rings)
         except Xen9pError as error:
             self._finish({"event": "failed", "reason": error.message})
             return 3 if error.errno == errno.EPROTO else 1
         with self._lock:
             self.device = device
-            if self._stopping:  # asked while it was mapping
+            if self._stopping:  # asked while it was mapping, or for its rings
                 device.stop()
-            self._ready = {"event": "ready", "order": device.order, "rings": len(self.request["rings"])}
-            self._tell(self._ready)
+            else:
+                self._ready = {"event": "ready", "order": device.order, "rings": len(rings)}
+                self._tell(self._ready)
         verdict = device.run(server.serve)
         reason = device.reason
         with self._lock:  # nobody asks for statistics meanwhile
@@ -115,17 +125,30 @@ class Worker:
             limits(self.request.get("limits")),
         )
         try:
-            for ring in self.request["rings"]:
-                device.add_xen_ring(self.request["domid"], ring["ref"], ring["port"])
+            device.open_xen()
         except Xen9pError:
             device.close()
             raise
         return device
 
+    def _wait_for_rings(self) -> list[dict[str, int]]:
+        """What the guest has granted; nothing if the worker is to stop before that."""
+        with self._told:
+            self._told.wait_for(lambda: self._rings is not None or self._stopping)
+            return self._rings or []
+
+    def _map(self, device: DataPlane, rings: Sequence[Mapping[str, int]]) -> None:
+        try:
+            for ring in rings:
+                device.add_xen_ring(self.request["domid"], ring["ref"], ring["port"])
+        except Xen9pError:
+            device.close()
+            raise
+
     # The supervisor's side.
 
     def _hello(self) -> dict[str, Any]:
-        state = "serving" if self._ready else "starting"
+        state = "serving" if self._ready else "prepared" if self._rings is None else "starting"
         return {"event": "hello", "pid": os.getpid(), "state": state} | {
             name: self.request[name] for name in HELLO_FIELDS
         }
@@ -153,18 +176,24 @@ class Worker:
                         self._send(client, event)
             with contextlib.suppress(OSError, ValueError):
                 for line in lines:
-                    self._obey(client, json.loads(line).get("do"))
+                    self._obey(client, json.loads(line))
             with self._lock:
                 self._clients.remove(client)
 
-    def _obey(self, client: socket.socket, what: str) -> None:
+    def _obey(self, client: socket.socket, order: Mapping[str, Any]) -> None:
         with self._lock:
-            if what == "stop":
-                self._stopping = True
-                if self.device:
-                    self.device.stop()
-            elif what == "stats" and self.device:
-                self._send(client, {"event": "stats"} | dict(self.device.stats()))
+            match order.get("do"):
+                case "map":
+                    if self._rings is None:
+                        self._rings = order["rings"]
+                        self._told.notify_all()
+                case "stop":
+                    self._stopping = True
+                    self._told.notify_all()
+                    if self.device:
+                        self.device.stop()
+                case "stats" if self.device:
+                    self._send(client, {"event": "stats"} | dict(self.device.stats()))
 
     def _finish(self, event: dict[str, Any]) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ import select
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from xen9p.loop import Loop
 
 log = logging.getLogger(__name__)
 
-READY_TIMEOUT: Final = 30.0  # seconds from a worker's start until it must serve
+READY_TIMEOUT: Final = 30.0  # seconds from the order to map rings until a worker must serve
 LINGER: Final = 5.0  # seconds from a worker's last word or hang-up until it must be gone
 
 
@@ -34,7 +34,7 @@ def socket_path(runtime: Path, domid: int, devid: int) -> Path:
 
 
 class Worker:
-    """One worker process, from the request to start it until its end.
+    """One worker process, from the request to start it until its end. It gets its rings when the guest has made them.
 
     Args:
         ready: called when it serves.
@@ -47,6 +47,7 @@ class Worker:
         self.stats: Object = {}
         self.hello: Object = {}
         self.is_ready = False
+        self.has_rings = False
         self._loop = loop
         self._path = path
         self._ready_callback = ready
@@ -55,7 +56,8 @@ class Worker:
         self._pidfd = -1
         self._last = ""
         self._reason = ""
-        self._wanted: list[str] = []  # what was asked before it could be told
+        self._wanted: list[Object] = []  # what was asked before it could be told
+        self._kill_wanted = False
         self._timers: list[int] = []
         self._ended = False
         self._stats_waiters: list[Callable[[], None]] = []
@@ -83,26 +85,38 @@ class Worker:
     def adopt(self, pid: int, sock: socket.socket, hello: Object) -> None:
         """Takes over a worker that an earlier supervisor started; sock is connected, the hello read."""
         self.hello = hello
+        self.has_rings = hello.get("state") != "prepared"
+        if self.has_rings:
+            self._timers.append(self._loop.after(READY_TIMEOUT, self._late))
         self._watch(pid)
         if self._ended:
             sock.close()
         else:
             self._talk(sock)
 
+    def map(self, rings: Sequence[Object]) -> None:
+        """Has it map a guest's rings, {"ref": u32, "port": u32} each, and serve."""
+        self.has_rings = True
+        self._timers.append(self._loop.after(READY_TIMEOUT, self._late))
+        self._ask({"do": "map", "rings": list(rings)})
+
     def stop(self) -> None:
         """Asks it to drain and end."""
+        self._ask({"do": "stop"})
+
+    def _ask(self, order: Object) -> None:
         if self._channel is not None:
-            self._channel.send({"do": "stop"})
-        elif "stop" not in self._wanted:
-            self._wanted.append("stop")
+            self._channel.send(order)
+        elif order not in self._wanted:
+            self._wanted.append(order)
 
     def kill(self) -> None:
         """Ends it at once."""
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        elif "kill" not in self._wanted:
-            self._wanted.append("kill")
+        else:
+            self._kill_wanted = True
 
     def ask_stats(self, answered: Callable[[], None]) -> bool:
         """Asks for fresh stats; answered() is called when they are in ``stats``. False: nobody to ask."""
@@ -121,14 +135,14 @@ class Worker:
             self._end()
             return
         self._loop.add(self._pidfd, self._end)
-        self._timers.append(self._loop.after(READY_TIMEOUT, self._late))
-        if "kill" in self._wanted:
+        if self._kill_wanted:
             self.kill()
 
     def _talk(self, sock: socket.socket) -> None:
         self._channel = Channel(self._loop, sock, self._received, self._hung_up)
-        if "stop" in self._wanted:
-            self._channel.send({"do": "stop"})
+        for order in self._wanted:
+            self._channel.send(order)
+        self._wanted.clear()
 
     def _received(self, event: Object) -> None:
         kind = event.get("event")

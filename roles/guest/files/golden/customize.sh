@@ -84,6 +84,8 @@ trim() {
 
 cp -a --no-preserve=ownership "$GOLDEN_FILES/rootfs/." "$tree/"
 mkdir -p "$tree/home" "$tree/course" "$tree/root/.ssh"
+# systemd looks here for every unit, and a 9P client remembers what is there, not what is missing.
+mkdir -p "$tree/usr/local/lib/systemd/system" "$tree/etc/systemd/system.attached"
 chmod 0700 "$tree/root/.ssh"
 chroot "$tree" ldconfig
 fetch_kernel

@@ -7,6 +7,7 @@ DataPlane serves one export to one peer, over any number of rings, or over one b
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import struct
@@ -37,13 +38,14 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping."""
+    """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping; None: as long as
+    pays on this machine (spin_us())."""
 
     max_fids: int = 65536
     max_queued: int = 64
     pool_threads: int = 4
     python_threads: int = 2
-    spin_us: int = 200
+    spin_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class DataPlane:
                 "max_fids": self.limits.max_fids,
                 "max_queued": self.limits.max_queued,
                 "pool_threads": self.limits.pool_threads,
-                "spin_us": self.limits.spin_us,
+                "spin_us": spin_us() if self.limits.spin_us is None else self.limits.spin_us,
             },
         )
         self._dev = lib.x9_dev_new(config)
@@ -124,6 +126,14 @@ class DataPlane:
         self._keep += [page, data]
         page, data = ffi.cast("uint8_t *", page), ffi.cast("uint8_t *", data)
         self._check(lib.x9_dev_add_memory_ring(self._dev, page, data, order, wait_fd, notify_fd))
+
+    def open_xen(self) -> None:
+        """Opens Xen's grant and event channel devices, so that nothing but mapping is left to do.
+
+        Raises:
+            Xen9pError: this is no Xen host, or the caller lacks the right.
+        """
+        self._check(lib.x9_dev_open_xen(self._dev))
 
     def add_xen_ring(self, domid: int, ref: int, port: int) -> None:
         """Maps the ring that guest domid granted with ref, and binds its event channel.
@@ -246,6 +256,12 @@ class DataPlane:
         out = ffi.new("x9_stats *")
         lib.x9_dev_stats(self._dev, out)
         return out
+
+
+@functools.cache
+def spin_us() -> int:
+    """For how many microseconds looking for work is worth while here: a few times what waking a thread takes."""
+    return int(lib.x9_spin_us())
 
 
 def link_fd(fd: int, directory: int, name: bytes) -> None:

@@ -23,7 +23,7 @@ typedef struct x9_config {
     uint32_t max_fids;
     uint32_t max_queued; /* requests waiting for or held by the pool and Python together */
     uint32_t pool_threads;
-    uint32_t spin_us;    /* how long to look for work before sleeping */
+    uint32_t spin_us;    /* how long to look for work before sleeping; 0: not at all */
 } x9_config;
 
 /* Why x9_dev_run came back. */
@@ -32,10 +32,12 @@ typedef struct x9_config {
 #define X9_PROTOCOL 2 /* the peer broke the protocol; x9_dev_reason says how */
 #define X9_SYSTEM 3   /* a system call failed; x9_dev_reason says which */
 
+uint32_t x9_spin_us(void);
 x9_dev *x9_dev_new(const x9_config *config);
 void x9_dev_free(x9_dev *dev);
 int x9_dev_add_stream(x9_dev *dev, int fd);
 int x9_dev_add_memory_ring(x9_dev *dev, uint8_t *page, uint8_t *data, uint32_t order, int wait_fd, int notify_fd);
+int x9_dev_open_xen(x9_dev *dev);
 int x9_dev_add_xen_ring(x9_dev *dev, uint32_t domid, uint32_t ref, uint32_t port);
 uint32_t x9_dev_order(x9_dev *dev);
 int x9_dev_run(x9_dev *dev);

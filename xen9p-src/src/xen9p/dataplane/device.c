@@ -98,14 +98,6 @@ bool dev_idle(struct x9_dev *dev)
     return idle;
 }
 
-uint64_t now_us(void)
-{
-    struct timespec at;
-
-    clock_gettime(CLOCK_MONOTONIC, &at);
-    return (uint64_t)at.tv_sec * 1000000 + (uint64_t)at.tv_nsec / 1000;
-}
-
 /* --- sending --- */
 
 void link_notify(struct x9_link *link)
@@ -730,41 +722,11 @@ static int wait_for_events(struct x9_dev *dev, int timeout_ms)
     return err;
 }
 
-/* Whether to look once more before sleeping. Looking costs a processor, sleeping costs the peer a wake-up, so look only
- * as long as requests have been following each other about that closely. */
-struct spin {
-    uint64_t idle_since; /* us; 0 while there is work */
-    bool dense;
-};
-
-static bool spin_on(struct x9_dev *dev, struct spin *spin)
-{
-    if (!dev->config.spin_us)
-        return false;
-    uint64_t now = now_us();
-    if (!spin->idle_since)
-        spin->idle_since = now;
-    if (!spin->dense || now - spin->idle_since >= dev->config.spin_us)
-        return false;
-#ifdef __x86_64__
-    __builtin_ia32_pause();
-#endif
-    return true;
-}
-
-static void spin_found(struct x9_dev *dev, struct spin *spin)
-{
-    if (!spin->idle_since)
-        return;
-    spin->dense = now_us() - spin->idle_since < 2 * (uint64_t)dev->config.spin_us;
-    spin->idle_since = 0;
-}
-
 /* Serves until the device ends; call it without the GIL. Returns X9_STOPPED, X9_HANGUP, X9_PROTOCOL or X9_SYSTEM. */
 int x9_dev_run(x9_dev *dev)
 {
     struct x9_call *call = calloc(1, sizeof *call);
-    struct spin spin = {0};
+    struct x9_spin spin = {0};
 
     if (!call)
         finish(dev, X9_SYSTEM, "out of memory");
@@ -778,12 +740,12 @@ int x9_dev_run(x9_dev *dev)
             taken += link->kind == X9_STREAM ? serve_stream(link, call) : serve_ring(link, call);
         }
         if (taken) {
-            spin_found(dev, &spin);
+            spin_found(&spin, dev->config.spin_us);
             if (__atomic_load_n(&dev->room_waiters, __ATOMIC_RELAXED))
                 wait_for_events(dev, 0);
             continue;
         }
-        if (spin_on(dev, &spin))
+        if (spin_on(&spin, dev->config.spin_us))
             continue;
         int err = wait_for_events(dev, -1);
         if (err)
@@ -878,6 +840,8 @@ int x9_dev_add_memory_ring(x9_dev *dev, uint8_t *page, uint8_t *data, uint32_t o
     clamp_msize(dev, order);
     return ring_init(&link->ring, page, data, order, X9_BACKEND);
 }
+
+int x9_dev_open_xen(x9_dev *dev) { return xen_open(dev); }
 
 int x9_dev_add_xen_ring(x9_dev *dev, uint32_t domid, uint32_t ref, uint32_t port)
 {

@@ -252,6 +252,17 @@ struct x9_call {
     uint32_t out_len;
 };
 
+/* What the reader knows of its waiting; all times in us. */
+struct x9_spin {
+    uint64_t idle_since; /* 0 while there is work */
+    uint64_t last_look, shy_until;
+    bool dense;
+};
+
+bool spin_on(struct x9_spin *spin, uint32_t limit_us);
+void spin_found(struct x9_spin *spin, uint32_t limit_us);
+uint64_t now_us(void);
+
 int fs_handle(struct x9_call *call);
 void fs_write_back(struct x9_stream *stream);
 bool fs_mutates(uint8_t type);
@@ -266,7 +277,6 @@ void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len);
 bool dev_stopping(struct x9_dev *dev);
 bool dev_ending(struct x9_dev *dev);
 bool dev_idle(struct x9_dev *dev);
-uint64_t now_us(void);
 void dev_count_io(struct x9_dev *dev, uint64_t read, uint64_t written);
 int dev_drain(struct x9_dev *dev);
 

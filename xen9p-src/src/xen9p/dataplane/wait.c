@@ -1,0 +1,117 @@
+/* Waiting for work: look for a while, then sleep.
+ *
+ * Looking costs a processor; sleeping costs a wake-up, which the peer waits for. What a wake-up costs differs by a factor
+ * of fifty between a plain machine and an emulated one, so it is measured. Looking for as long as a few wake-ups take
+ * is never much dearer than the better of the two (the ski rental problem), as long as nobody else wants the processor. */
+#include "x9.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+
+#define ROUNDS 7
+#define REST_US 500         /* between two rounds, so that the sleeper really sleeps */
+#define WAKEUPS 4           /* look for as long as so many wake-ups take */
+#define LEAST_US 50u
+#define MOST_US 2500u
+#define SHY_US 20000u       /* how long to leave the processor to others that want it */
+
+uint64_t now_us(void)
+{
+    struct timespec at;
+
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return (uint64_t)at.tv_sec * 1000000 + (uint64_t)at.tv_nsec / 1000;
+}
+
+struct sleeper {
+    int wake_fd, done_fd;
+    uint64_t woken; /* us */
+};
+
+static void *sleep_and_say(void *arg)
+{
+    struct sleeper *sleeper = arg;
+    uint64_t count;
+
+    for (int i = 0; i < ROUNDS; i++) {
+        struct pollfd fd = {sleeper->wake_fd, POLLIN, 0};
+
+        while (poll(&fd, 1, -1) < 0 && errno == EINTR)
+            ;
+        sleeper->woken = now_us();
+        (void)!read(sleeper->wake_fd, &count, sizeof count);
+        count = 1;
+        (void)!write(sleeper->done_fd, &count, sizeof count);
+    }
+    return NULL;
+}
+
+static int ascending(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+/* Microseconds from waking a thread that sleeps in poll(2) until it runs: the median of a few. 0 if that fails. */
+static uint64_t measure_wakeup(void)
+{
+    struct sleeper sleeper = {eventfd(0, EFD_CLOEXEC), eventfd(0, EFD_CLOEXEC), 0};
+    uint64_t took[ROUNDS] = {0}, one = 1, count;
+    pthread_t thread;
+
+    if (sleeper.wake_fd >= 0 && sleeper.done_fd >= 0 && !pthread_create(&thread, NULL, sleep_and_say, &sleeper)) {
+        for (int i = 0; i < ROUNDS; i++) {
+            usleep(REST_US);
+            uint64_t began = now_us();
+            (void)!write(sleeper.wake_fd, &one, sizeof one);
+            (void)!read(sleeper.done_fd, &count, sizeof count);
+            took[i] = sleeper.woken - began;
+        }
+        pthread_join(thread, NULL);
+    }
+    if (sleeper.wake_fd >= 0)
+        close(sleeper.wake_fd);
+    if (sleeper.done_fd >= 0)
+        close(sleeper.done_fd);
+    qsort(took, ROUNDS, sizeof *took, ascending);
+    return took[ROUNDS / 2];
+}
+
+/* How long looking pays on this machine, in microseconds. */
+uint32_t x9_spin_us(void)
+{
+    uint64_t us = WAKEUPS * measure_wakeup();
+
+    return us < LEAST_US ? LEAST_US : us > MOST_US ? MOST_US : (uint32_t)us;
+}
+
+/* Whether to look once more before sleeping: only while requests have been following each other about that closely, and
+ * nobody else wants this processor. */
+bool spin_on(struct x9_spin *spin, uint32_t limit_us)
+{
+    if (!limit_us)
+        return false;
+    uint64_t now = now_us();
+    if (!spin->idle_since)
+        spin->idle_since = now;
+    else if (now - spin->last_look > limit_us / 2 + LEAST_US)
+        spin->shy_until = now + SHY_US; /* somebody else ran here meanwhile */
+    spin->last_look = now;
+    if (!spin->dense || now < spin->shy_until || now - spin->idle_since >= limit_us)
+        return false;
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+    return true;
+}
+
+/* There was work. */
+void spin_found(struct x9_spin *spin, uint32_t limit_us)
+{
+    if (!spin->idle_since)
+        return;
+    spin->dense = now_us() - spin->idle_since < 2 * (uint64_t)limit_us;
+    spin->idle_since = 0;
+}

@@ -56,6 +56,7 @@ def _main(sock: socket.socket) -> int:
     _rename("xen9p-zygote")
     try:
         main: WorkerMain | None = importlib.import_module("xen9p.worker").main
+        importlib.import_module("xen9p.dataplane").spin_us()  # measured here once, inherited by every worker
         problem = ""
     except (ImportError, OSError) as error:
         main, problem = None, f"the worker cannot be loaded: {error}"

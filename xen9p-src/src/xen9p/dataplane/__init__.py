@@ -260,7 +260,10 @@ class DataPlane:
 
 @functools.cache
 def spin_us() -> int:
-    """For how many microseconds looking for work is worth while here: a few times what waking a thread takes."""
+    """For how many microseconds looking for work is worth while here: a few times what waking a thread takes.
+
+    Measured at the first call.
+    """
     return int(lib.x9_spin_us())
 
 

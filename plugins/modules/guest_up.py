@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.guests import ssh
 
 DOCUMENTATION = r"""
 module: guest_up
@@ -34,6 +34,9 @@ started: {type: list, elements: str, returned: always, description: Which were (
 seconds: {type: dict, returned: always, description: Seconds from the start of each guest to its ssh banner.}
 """
 
+# Seconds for the banner of one guest, while the others wait for their turn.
+PATIENCE = 5.0
+
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -44,16 +47,6 @@ def domains() -> set[str]:
     if listed.returncode != 0:
         raise RuntimeError("`xl list` failed: the host does not run under Xen; run roles/xen_host first")
     return {line.split()[0] for line in listed.stdout.splitlines()[1:]}
-
-
-def answers(address: str) -> bool:
-    """Whether an ssh server sends its banner; a port that merely accepts is not enough."""
-    try:
-        with socket.create_connection((address, 22), timeout=1) as connection:
-            connection.settimeout(5)
-            return connection.recv(4) == b"SSH-"
-    except OSError:
-        return False
 
 
 def state_of(name: str) -> str:
@@ -97,7 +90,7 @@ def main() -> None:
     waiting = dict(guests)
     while waiting:
         for name, address in list(waiting.items()):
-            if answers(address):
+            if ssh.answers(address, PATIENCE):
                 seconds[name] = round(time.monotonic() - started.get(name, time.monotonic()), 1)
                 del waiting[name]
         if waiting and time.monotonic() > deadline:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from ansible.module_utils.guests import ssh
+
+# Seconds for the banner once sshd has accepted: trying again would only start another sshd in a guest that is booting.
+PATIENCE = 30.0
 
 
 class BenchError(Exception):
@@ -62,23 +66,13 @@ def domains() -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows}
 
 
-def banner(address: str) -> bool:
-    """Whether an ssh server sends its banner; a port that merely accepts is not enough."""
-    try:
-        with socket.create_connection((address, 22), timeout=1) as connection:
-            connection.settimeout(30)
-            return connection.recv(4) == b"SSH-"
-    except OSError:
-        return False
-
-
 def create(name: str, config: Path, address: str, timeout: float) -> tuple[float, float]:
     """Start a guest; seconds from the start of `xl create` to its end, and to the banner of the guest's sshd."""
     began = time.monotonic()
     run("xl", "create", "-q", str(config))
     created = time.monotonic() - began
     failure = f"{name} does not answer by ssh after {timeout:.0f} s: look with xl console {name}, or try again"
-    wait_for(lambda: banner(address), timeout, failure, pause=0.1)
+    wait_for(lambda: ssh.answers(address, PATIENCE), timeout, failure, pause=0.1)
     return created, time.monotonic() - began
 
 

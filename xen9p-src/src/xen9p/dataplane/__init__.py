@@ -39,13 +39,15 @@ class Verdict(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping; None: as long as
-    pays on this machine (spin_us())."""
+    pays on this machine (spin_us()); and timing: whether to measure how long messages take.
+    """
 
     max_fids: int = 65536
     max_queued: int = 64
     pool_threads: int = 4
     python_threads: int = 2
     spin_us: int | None = None
+    timing: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class DataPlane:
                 "max_queued": self.limits.max_queued,
                 "pool_threads": self.limits.pool_threads,
                 "spin_us": spin_us() if self.limits.spin_us is None else self.limits.spin_us,
+                "timing": self.limits.timing,
             },
         )
         self._dev = lib.x9_dev_new(config)

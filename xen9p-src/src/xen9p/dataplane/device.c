@@ -667,10 +667,8 @@ static int serve_ring(struct x9_link *link, struct x9_call *call)
             out_of_range(link);
             break;
         }
-        if (have < X9_HEADER) {
-            link->looked = dev->stamp;
+        if (have < X9_HEADER)
             break;
-        }
         ring_peek(ring, 0, dev->buf, X9_HEADER);
         uint32_t size = get32(dev->buf);
         if (size < X9_HEADER || size > size_limit(dev)) {
@@ -760,6 +758,7 @@ int x9_dev_run(x9_dev *dev)
         finish(dev, X9_SYSTEM, "out of memory");
     else
         call->dev = dev;
+    obs_look(dev);
     while (!dev_ending(dev)) {
         int taken = 0;
 
@@ -779,7 +778,7 @@ int x9_dev_run(x9_dev *dev)
         int err = wait_for_events(dev, -1);
         if (err)
             finish(dev, X9_SYSTEM, "waiting for events: %s", strerror(err));
-        obs_woke(dev);
+        obs_look(dev);
     }
     for (uint64_t until = now_us() + DRAIN_US; !dev_stopping(dev) && now_us() < until && dev_drain_step(dev);)
         ;

@@ -8,6 +8,7 @@
 #include <time.h>
 
 #define CALIBRATE_NS 1000000u /* the shortest stretch from which the counter's speed is taken */
+#define LONG_NS 50000u        /* on the reader: look what came meanwhile */
 #define MOST_STORED 8192u     /* bytes of a message that is no file data */
 #define MOST_BYTES (16u << 20) /* of all records that wait for their reader */
 
@@ -317,16 +318,32 @@ void obs_look(struct x9_dev *dev)
         dev->stamp = ticks();
 }
 
-/* After the reader has slept: what is in the rings now has been there since the event, and nobody knows better. */
-void obs_woke(struct x9_dev *dev)
+/* What lies before end in a link's ring was there by then. When there are too many marks, the last one gives way. */
+static void mark(struct x9_link *link, uint32_t end, uint64_t since)
 {
-    obs_look(dev);
-    for (uint32_t i = 0; i < dev->nlinks; i++)
-        dev->links[i]->looked = dev->stamp;
+    struct x9_mark *last = &link->marks[(link->first_mark + link->nmarks - 1) % X9_MARKS];
+
+    if (link->nmarks && (int32_t)(end - last->end) <= 0)
+        return;
+    if (link->nmarks == X9_MARKS)
+        last->end = end;
+    else
+        link->marks[(link->first_mark + link->nmarks++) % X9_MARKS] = (struct x9_mark){end, since};
 }
 
-/* A whole message has been found, visible bytes from its start to the end of what the peer has published. A message has
- * been in the ring, at the most, since the last look that did not see it. */
+/* The reader has not looked for long: what came meanwhile has been waiting from then on, at the most. */
+static void look_back(struct x9_dev *dev, uint64_t since)
+{
+    for (uint32_t i = 0; i < dev->nlinks; i++) {
+        struct x9_link *link = dev->links[i];
+        int64_t have = link->kind == X9_STREAM ? 0 : ring_readable(&link->ring);
+        if (have > 0)
+            mark(link, link->ring.rx_pos + (uint32_t)have, since);
+    }
+}
+
+/* A whole message has been found, with visible bytes from its start to the end of what the peer has published. It has
+ * been in the ring since the look that first saw it; when it came before that look, nobody knows. */
 void obs_take(struct x9_call *call, uint32_t visible)
 {
     struct x9_link *link = call->link;
@@ -341,14 +358,7 @@ void obs_take(struct x9_call *call, uint32_t visible)
     uint32_t start = link->ring.rx_pos, end = start + visible;
     while (link->nmarks && (int32_t)(link->marks[link->first_mark % X9_MARKS].end - start) <= 0)
         link->first_mark++, link->nmarks--;
-    struct x9_mark *last = &link->marks[(link->first_mark + link->nmarks - 1) % X9_MARKS];
-    if (!link->nmarks || last->end != end) {
-        if (link->nmarks < X9_MARKS)
-            link->marks[(link->first_mark + link->nmarks++) % X9_MARKS] = (struct x9_mark){end, link->looked};
-        else
-            last->end = end;
-    }
-    link->looked = dev->stamp;
+    mark(link, end, dev->stamp);
     call->note.seen = link->marks[link->first_mark % X9_MARKS].since;
 }
 
@@ -368,11 +378,19 @@ void obs_start(struct x9_note *note)
         note->begun = ticks(), note->queued = true;
 }
 
+static void stamp_done(struct x9_dev *dev, struct x9_note *note)
+{
+    if (!note->taken)
+        return;
+    note->done = ticks();
+    if (!note->queued && to_ns(between(note->begun, note->done)) > LONG_NS)
+        look_back(dev, note->begun);
+}
+
 /* Before a reply is sent. */
 void obs_done(struct x9_dev *dev, struct x9_note *note, const uint8_t *msg, uint32_t len)
 {
-    if (note->taken)
-        note->done = ticks();
+    stamp_done(dev, note);
     if (note->record)
         mirror_reply(dev, note, &(struct iovec){(void *)(uintptr_t)msg, len}, 1);
 }
@@ -382,8 +400,7 @@ void obs_done_read(struct x9_call *call, const uint8_t *header, uint32_t got)
 {
     struct iovec iov[3] = {{(void *)(uintptr_t)header, X9_READ_HEADER}};
 
-    if (call->note.taken)
-        call->note.done = ticks();
+    stamp_done(call->dev, &call->note);
     if (call->note.record)
         mirror_reply(call->dev, &call->note, iov, 1 + ring_tx_iov(&call->link->ring, X9_READ_HEADER, got, iov + 1));
 }
@@ -394,8 +411,11 @@ void obs_end(struct x9_dev *dev, struct x9_note *note, uint8_t type, bool reader
     if (!note->taken && !note->record && !(reader && timed(dev)))
         return;
     uint64_t now = ticks();
-    if (reader)
+    if (reader) {
+        if (!note->done && to_ns(between(dev->stamp, now)) > LONG_NS) /* it waited for a place in the queue */
+            look_back(dev, dev->stamp);
         dev->stamp = now; /* the next message is looked at right now */
+    }
     if (note->taken && note->done) {
         count(dev, type, X9_RING, between(note->seen, note->taken), reader);
         if (note->queued)

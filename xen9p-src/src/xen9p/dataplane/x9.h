@@ -172,7 +172,7 @@ struct x9_note {
     struct x9_record *record;
 };
 
-/* What lies before end in a ring has been there since then, at the most. */
+/* What lies before end in a ring has been there since then. */
 struct x9_mark {
     uint32_t end;
     uint64_t since;
@@ -196,8 +196,7 @@ struct x9_link {
     uint64_t page_index, data_index; /* of /dev/xen/gntdev */
     uint8_t *stream_buf;
     uint32_t stream_have;
-    /* The reader's: when it looked last, and when what it found had come. */
-    uint64_t looked;
+    /* The reader's: when what is in the ring was seen first. */
     struct x9_mark marks[X9_MARKS];
     uint32_t first_mark, nmarks;
 };
@@ -327,7 +326,6 @@ void obs_init(struct x9_dev *dev);
 void obs_free(struct x9_dev *dev);
 void obs_errno(struct x9_dev *dev, uint32_t err);
 void obs_look(struct x9_dev *dev);
-void obs_woke(struct x9_dev *dev);
 void obs_take(struct x9_call *call, uint32_t visible);
 void obs_begin(struct x9_call *call);
 void obs_start(struct x9_note *note);

@@ -260,7 +260,7 @@ def serve(address: str, runtime: Path, ready: Callable[[socketserver.BaseServer]
         print(f"metrics on {address}", file=sys.stderr, flush=True)
         if ready:
             ready(server)
-        server.serve_forever(poll_interval=3600)
+        server.serve_forever()
     return 0
 
 

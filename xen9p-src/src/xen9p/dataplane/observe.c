@@ -233,7 +233,8 @@ static bool is_data(uint8_t type) { return type == P9_TWRITE || type == P9_TREAD
 
 static uint32_t stored(const struct x9_trace *trace, uint8_t type, uint32_t size)
 {
-    uint32_t most = is_data(type) ? trace->snap + X9_WRITE_HEADER : MOST_STORED;
+    uint32_t most = !is_data(type) ? MOST_STORED
+                    : trace->snap + (type == P9_TWRITE ? X9_WRITE_HEADER : X9_READ_HEADER);
 
     return size < most ? size : most;
 }

@@ -1,5 +1,7 @@
 """A trace as a capture file: the messages as if they had come over TCP, for programs that take 9P apart.
 
+A request has the time at which it was taken off the ring, a reply that at which the filesystem was done.
+
 There is no TCP on a ring. Each device becomes one connection from an address made of its domain and number to port
 564 of 10.9.0.1, with a handshake, sequence numbers and checksums. Data that the trace has cut is missing from the
 packets and counted in their lengths, as in a capture with a limited snapshot length.
@@ -54,9 +56,11 @@ class Pcap:
 
     def one(self, device: str, exchange: Exchange) -> bytes:
         """The packets that are old enough by now; those of this exchange come later."""
-        self._hold(exchange.began, device, True, exchange.request)
+        # These two keep a reply before the request that it has led to; the other times may not.
+        taken, done = exchange.times[1], exchange.times[3]
+        self._hold(taken, device, True, exchange.request)
         if exchange.reply is not None:
-            self._hold(exchange.times[4] or exchange.began, device, False, exchange.reply)
+            self._hold(max(taken, done), device, False, exchange.reply)
         return self._flush(self._latest - HOLD_NS)
 
     def end(self) -> bytes:

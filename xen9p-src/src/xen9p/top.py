@@ -117,7 +117,7 @@ def _row(old: Mapping[str, Any], device: Mapping[str, Any], seconds: float) -> R
 
 def figure(value: float) -> str:
     """A count for people in five characters or less: 12345 -> 12.3k, 0.25 -> 0.2."""
-    if 0 < value < 10:
+    if 0 < value < 10 and isinstance(value, float):
         return f"{value:.1f}"
     for unit in ("", "k", "M", "G", "T"):
         if value < 999.5:

@@ -182,10 +182,10 @@ def find(target: str, runtime: Path) -> list[tuple[str, Path]]:
     found = [
         (f"{d['guest']}:{d['tag']}", runtime / f"worker-{d['domid']}-{d['devid']}.sock")
         for d in devices
-        if d["pid"] is not None and guest in ("", d["guest"]) and tag in ("", d["tag"])
+        if d["phase"] == "connected" and guest in ("", d["guest"]) and tag in ("", d["tag"])
     ]
     if not found:
-        there = ", ".join(sorted({f"{d['guest']}:{d['tag']}" for d in devices if d["pid"] is not None})) or "none"
+        there = ", ".join(sorted({f"{d['guest']}:{d['tag']}" for d in devices if d["phase"] == "connected"})) or "none"
         raise ControlError(f"no device {target} is served" if target else "no device is served", f"served: {there}")
     return found
 

@@ -412,11 +412,8 @@ void obs_end(struct x9_dev *dev, struct x9_note *note, uint8_t type, bool reader
     if (!note->taken && !note->record && !(reader && timed(dev)))
         return;
     uint64_t now = ticks();
-    if (reader) {
-        if (!note->done && to_ns(between(dev->stamp, now)) > LONG_NS) /* it waited for a place in the queue */
-            look_back(dev, dev->stamp);
+    if (reader)
         dev->stamp = now; /* the next message is looked at right now */
-    }
     if (note->taken && note->done) {
         count(dev, type, X9_RING, between(note->seen, note->taken), reader);
         if (note->queued)

@@ -5,6 +5,8 @@
  * set of counters. A trace never makes a message wait: what does not fit into its queue is dropped and counted. */
 #include "x9.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <time.h>
 
 #define CALIBRATE_NS 1000000u /* the shortest stretch from which the counter's speed is taken */
@@ -456,6 +458,11 @@ static uint32_t path_of(struct x9_dev *dev, const struct x9_fid *fid, char path[
         r = 0; /* the export is "/" */
     if (n < r || memcmp(path, root, (size_t)r) || (n > r && path[r] != '/'))
         return 0;
+    static const char gone[] = " (deleted)"; /* the kernel's word for a file without a name; a file may be called so */
+    struct stat st;
+    if (n > r + (ssize_t)sizeof gone && !memcmp(path + n - (sizeof gone - 1), gone, sizeof gone - 1) &&
+        !fstatat(fid->path_fd, "", &st, AT_EMPTY_PATH) && !st.st_nlink)
+        n -= (ssize_t)sizeof gone - 1;
     if (n == r)
         path[n++] = '/';
     memmove(path, path + r, (size_t)(n - r));

@@ -489,9 +489,7 @@ class Supervisor:
             phase = Phase.FAILED
         elif published == XenbusState.INIT_WAIT and (found is None or found.hello.get("state") == "prepared"):
             phase = Phase.WAITING
-        elif found is not None:
-            phase = Phase.STARTING
-        elif published == XenbusState.CONNECTED:
+        elif found is not None or published == XenbusState.CONNECTED:
             phase = Phase.STARTING
         else:
             phase = Phase.CLOSED

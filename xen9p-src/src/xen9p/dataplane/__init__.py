@@ -39,8 +39,8 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping, None for as long
-    as pays on this machine (spin_us()); and timing: 1 to measure how long messages take, 0 to leave it.
+    """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping, None for as
+    long as pays on this machine (spin_us()); and timing: 1 to measure how long messages take, 0 to leave it.
     """
 
     max_fids: int = 65536

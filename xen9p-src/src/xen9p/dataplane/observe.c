@@ -1,72 +1,22 @@
 /* What can be seen of a device: how long messages take, which errnos they get, and a mirror of them for a trace.
  *
- * Times are read off the processor's counter: where the clock is Xen's, clock_gettime(2) can be a system call, and
- * every message is stamped. The reader counts alone, without locked instructions; all other threads share a second
- * set of counters. A trace never makes a message wait: what does not fit into its queue is dropped and counted. */
+ * Every message is stamped, with ticks (clock.c). The reader counts alone, without locked instructions; all other
+ * threads share a second set of counters. A trace never makes a message wait: what does not fit into its queue is
+ * dropped and counted. */
 #include "x9.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <time.h>
 
-#define CALIBRATE_NS 1000000u /* the shortest stretch from which the counter's speed is taken */
 #define LONG_NS 50000u        /* on the reader: look what came meanwhile */
 #define MOST_STORED 8192u     /* bytes of a message that is no file data */
 #define MOST_BYTES (16u << 20) /* of all records that wait for their reader */
 
-/* --- time --- */
-
-static uint64_t base_ticks, base_ns;
-static uint64_t ns_per_tick; /* 32.32 fixed point */
-
-static uint64_t clock_ns(clockid_t clock)
-{
-    struct timespec at;
-
-    clock_gettime(clock, &at);
-    return (uint64_t)at.tv_sec * 1000000000u + (uint64_t)at.tv_nsec;
-}
-
-static uint64_t ticks(void)
-{
-#ifdef __x86_64__
-    return __builtin_ia32_rdtsc();
-#else
-    return clock_ns(CLOCK_MONOTONIC);
-#endif
-}
-
-/* When the library is loaded: a worker that is forked later has a long stretch to take the speed from. */
-__attribute__((constructor)) static void clock_base(void)
-{
-    base_ticks = ticks();
-    base_ns = clock_ns(CLOCK_MONOTONIC);
-}
-
-static void calibrate(void)
-{
-    uint64_t ns = clock_ns(CLOCK_MONOTONIC), at = ticks();
-
-    while (ns - base_ns < CALIBRATE_NS)
-        ns = clock_ns(CLOCK_MONOTONIC), at = ticks();
-    if (at <= base_ticks) { /* the host has slept, and its counter began anew: keep the speed */
-        base_ticks = at, base_ns = ns;
-        return;
-    }
-    __atomic_store_n(&ns_per_tick, (uint64_t)(((unsigned __int128)(ns - base_ns) << 32) / (at - base_ticks)),
-                     __ATOMIC_RELAXED);
-}
-
-/* Of a stretch of time. */
-static uint64_t to_ns(uint64_t stretch)
-{
-    return (uint64_t)((unsigned __int128)stretch * __atomic_load_n(&ns_per_tick, __ATOMIC_RELAXED) >> 32);
-}
+/* --- counting --- */
 
 /* Counters of two processors can differ a little: what would be negative is 0. */
 static uint64_t between(uint64_t from, uint64_t to) { return to > from ? to - from : 0; }
-
-/* --- counting --- */
 
 static const uint8_t groups[128] = {
     [P9_TREAD] = X9_READ, [P9_TWRITE] = X9_WRITE,

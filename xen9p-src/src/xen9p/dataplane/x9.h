@@ -303,7 +303,13 @@ struct x9_spin {
 
 bool spin_on(struct x9_spin *spin, uint32_t limit_us);
 void spin_found(struct x9_spin *spin, uint32_t limit_us);
+
+/* clock.c */
 uint64_t now_us(void);
+uint64_t clock_ns(int clock);
+uint64_t ticks(void);
+uint64_t to_ns(uint64_t ticks);
+void calibrate(void);
 
 int fs_handle(struct x9_call *call);
 void fs_write_back(struct x9_stream *stream);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import http.client
 import json
+import logging
 import os
 import pty
 import re
@@ -19,15 +20,20 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from observed import Host, host
-from xen9p import cli, metrics, top
+from xen9p import cli, metrics, policy, top
+from xen9p.device import Device, Ring
 from xen9p.errors import Xen9pError
 from xen9p.histogram import BOUNDS
 from xen9p.loop import Loop
+from xen9p.supervisor import Guest, Managed, Supervisor
 from xen9p.workers import Worker
+from xen9p.xenbus import GuestId
 
 SAMPLE = re.compile(r'(xen9p_[a-z0-9_]+)\{((?:[a-z]+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} ([0-9.e+-]+)')
 MAIN = [sys.executable, "-c", "import sys; from xen9p.cli import main; sys.exit(main())"]
@@ -182,6 +188,25 @@ def test_the_supervisor_hears_of_them_from_the_worker(lab: Host) -> None:
     assert worker.detail["times"]["session"]["total"]["seconds"] > 0
     assert "by_type" not in worker.stats
     sock.close()
+
+
+def test_what_the_supervisor_counts_and_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    there: Any = SimpleNamespace(connected=True, pid=1)
+    supervisor = Supervisor(Loop(), there, there, policy.Policy(source="/p"), tmp_path)
+    guest = supervisor.guests[5] = Guest(GuestId(5, "g1", "u"))
+    managed = Managed(guest, 2, policy.Grant("home-export", tmp_path, "home", False, True), Device())
+    guest.devices[2] = managed
+    managed.machine.rings((Ring(1, 2),))
+    managed.machine.worker_gone(0.0)
+    managed.machine.violation("num-rings is 99")
+    found = parse(metrics.text(supervisor.metrics()))
+    assert found["xen9p_worker_restarts_total", *G1] == 1
+    assert found["xen9p_violations_total", *G1] == 1
+    assert ("xen9p_fids", *G1) not in found, "there is no worker that has any"
+    with caplog.at_level(logging.INFO):
+        managed.say("warning", "closed")
+    fields = {"GUEST": "g1", "DOMID": "5", "DEVICE": "5/2", "TAG": "home", "EXPORT": "home-export"}
+    assert caplog.records[0].fields == fields  # type: ignore[attr-defined]
 
 
 # top

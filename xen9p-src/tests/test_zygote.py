@@ -86,14 +86,14 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
 
 def test_a_worker_serves_and_stops(watched: Watched) -> None:
     done: list[bool] = []
-    assert watched.worker.ask_stats(lambda: done.append(True))
+    assert watched.worker.ask("stats", lambda: done.append(True))
     watched.until(lambda: done)
     assert watched.worker.stats == {"requests": 7}
     watched.worker.stop()
     watched.until(lambda: watched.gone)
     assert watched.gone == [("stopped", "")]
     assert not watched.path.exists()
-    assert not watched.worker.ask_stats(lambda: None)
+    assert not watched.worker.ask("stats", lambda: None)
 
 
 def test_the_reason_of_an_end_is_heard(watched: Watched) -> None:
@@ -107,7 +107,7 @@ def test_a_killed_worker_is_seen_and_those_who_wait_for_it_are_told(watched: Wat
     assert watched.worker.pid is not None
     os.kill(watched.worker.pid, signal.SIGSTOP)
     done: list[bool] = []
-    assert watched.worker.ask_stats(lambda: done.append(True))
+    assert watched.worker.ask("stats", lambda: done.append(True))
     watched.worker.kill()
     watched.until(lambda: watched.gone)
     assert watched.gone[0][0] == ""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from xen9p import __version__, control, policy
 from xen9p.errors import Xen9pError
@@ -66,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("file", nargs="?", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="%(default)s")
     check.add_argument("--no-paths", action="store_true", help="do not look whether the exports' paths exist")
 
+    _observing(commands)
+
     serve = commands.add_parser(
         "serve",
         help="serve a directory on a socket",
@@ -73,10 +77,82 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--export", required=True, metavar="PATH", help="the directory")
     serve.add_argument("--ro", action="store_true", help="read-only")
+    serve.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write every request of every client; .pcap and .json ask for these formats, - is standard output",
+    )
     where = serve.add_mutually_exclusive_group(required=True)
     where.add_argument("--unix", metavar="PATH", help="listen on a Unix socket")
     where.add_argument("--tcp", metavar="HOST:PORT", type=_host_port, help="listen on a TCP port")
     return top
+
+
+def _observing(commands: Any) -> None:
+    metrics = commands.add_parser(
+        "metrics",
+        help="counters and latencies for Prometheus",
+        description="Print what is counted in Prometheus' text format, or offer it to be fetched.",
+    )
+    where = metrics.add_mutually_exclusive_group()
+    where.add_argument(
+        "--listen", metavar="ADDRESS", help="answer GET /metrics at HOST:PORT or at a Unix socket (a path)"
+    )
+    where.add_argument(
+        "--output", type=Path, metavar="FILE", help="replace a file: for node_exporter's textfile collector"
+    )
+    _runtime(metrics)
+
+    top = commands.add_parser(
+        "top", help="live: what each device does", description="Show each device's rates and latencies, live."
+    )
+    top.add_argument(
+        "--sort",
+        choices=("ops", "read", "written", "errors", "latency", "fids", "name"),
+        default="ops",
+        help="order of the devices; default: %(default)s",
+    )
+    top.add_argument("--interval", type=_seconds, default=2.0, metavar="S", help="seconds; default: %(default)g")
+    top.add_argument("--once", action="store_true", help="print one table after one interval, and end")
+    top.add_argument("--json", action="store_true", help="print a JSON object an interval")
+    _runtime(top)
+
+    trace = commands.add_parser(
+        "trace",
+        help="each request with its reply and its times",
+        description="Show what guests ask and get, request by request, until Ctrl-C.",
+    )
+    trace.add_argument("target", nargs="?", default="", metavar="GUEST[:TAG]", help="default: every device")
+    form = trace.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="a JSON object a line")
+    form.add_argument("--pcap", metavar="FILE", help="write a capture file for Wireshark; - is standard output")
+    trace.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="type=Tread,Twrite; path=GLOB; errno=ENOENT,... or any; slower=MS; all that are given must hold",
+    )
+    trace.add_argument("--duration", type=_seconds, metavar="S", help="end after so many seconds")
+    trace.add_argument("--count", type=_count, metavar="N", help="end after so many requests")
+    trace.add_argument("--data", type=int, default=64, metavar="BYTES", help="of file data; default: %(default)s")
+    _runtime(trace)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _runtime(command: argparse.ArgumentParser) -> None:
@@ -133,6 +209,12 @@ def _run(args: argparse.Namespace) -> int:
         case "policy":
             rules = policy.load(args.file, check_paths=not args.no_paths)
             print(f"{args.file}: {len(rules.exports)} exports, {len(rules.rules)} rules, all well")
+        case "metrics":
+            return _metrics(args)
+        case "top":
+            return _top(args)
+        case "trace":
+            return _trace(args)
         case "serve":
             return _serve(args)
     return 0
@@ -142,7 +224,70 @@ def _serve(args: argparse.Namespace) -> int:
     # Only this command needs the C data plane.
     from xen9p.worker import serve_socket  # noqa: PLC0415
 
-    return serve_socket(args.export, args.ro, args.unix or args.tcp)
+    where = args.unix or args.tcp
+    if args.trace is None:
+        return serve_socket(args.export, args.ro, where)
+    from xen9p.trace import format_of  # noqa: PLC0415
+    from xen9p.tracer import Sink  # noqa: PLC0415
+
+    sink = Sink(_output(args.trace), format_of(args.trace), lambda text: print(f"xen9p: {text}", file=sys.stderr))
+    try:
+        return serve_socket(args.export, args.ro, where, sink)
+    finally:
+        sink.close()
+
+
+def _metrics(args: argparse.Namespace) -> int:
+    from xen9p import metrics  # noqa: PLC0415
+
+    if args.listen:
+        return metrics.serve(args.listen, args.runtime_dir)
+    content = metrics.fetch(args.runtime_dir)
+    if args.output:
+        metrics.write_to(args.output, content)
+    else:
+        print(content, end="", flush=True)
+    return 0
+
+
+def _top(args: argparse.Namespace) -> int:
+    from xen9p import top  # noqa: PLC0415
+
+    if args.once or args.json:
+        return top.batch(args.runtime_dir, args.interval, args.sort, args.json, 1 if args.once else None)
+    return top.live(args.runtime_dir, args.interval, args.sort)
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from xen9p import trace  # noqa: PLC0415
+    from xen9p.pcap import Pcap  # noqa: PLC0415
+    from xen9p.traceformat import JsonLines, Text  # noqa: PLC0415
+
+    filters = [trace.parse_filter(text) for text in args.filter]
+    form = Pcap() if args.pcap else JsonLines() if args.json else Text()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a capture file is ended in order
+    with _output(args.pcap or "-") as out:
+        trace.run(
+            args.target,
+            args.runtime_dir,
+            form,
+            out,
+            filters,
+            data=args.data,
+            seconds=args.duration,
+            count=args.count,
+        )
+    return 0
+
+
+def _output(path: str) -> IO[bytes]:
+    """A file to write to; - is standard output, which stays open."""
+    if path == "-":
+        return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    try:
+        return open(path, "wb")  # the caller closes it
+    except OSError as error:
+        raise Xen9pError(f"cannot write {path}: {error.strerror}", "choose another file") from None
 
 
 def status_text(answer: dict[str, Any]) -> str:

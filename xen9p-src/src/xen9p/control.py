@@ -1,8 +1,8 @@
 """The conversation between the ``xen9p`` command and the supervisor: JSON lines on a Unix socket.
 
-Requests: {"do": "status"}, {"do": "attach", "guest", "export", "tag", "readonly"}, {"do": "detach", "guest",
-"tag"}, {"do": "reload"}. Each gets one answer: {"ok": true, ...} or {"ok": false, "error", "hint", "exit"}.
-Only root can connect.
+Requests: {"do": "status"}, {"do": "metrics"}, {"do": "attach", "guest", "export", "tag", "readonly"}, {"do":
+"detach", "guest", "tag"}, {"do": "reload"}. Each gets one answer: {"ok": true, ...} or {"ok": false, "error", "hint",
+"exit"}. Only root can connect.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Metrics:
+    """The same, and each device's counters in full."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reload:
     """Read the policy again."""
 
@@ -63,7 +68,7 @@ class Detach:
     tag: str
 
 
-Request = Status | Reload | Attach | Detach
+Request = Status | Metrics | Reload | Attach | Detach
 
 
 def to_wire(request: Request) -> Object:
@@ -71,6 +76,8 @@ def to_wire(request: Request) -> Object:
     match request:
         case Status():
             return {"do": "status"}
+        case Metrics():
+            return {"do": "metrics"}
         case Reload():
             return {"do": "reload"}
         case Attach(guest, export, tag, readonly):
@@ -84,6 +91,8 @@ def from_wire(value: Object) -> Request:
     match value:
         case {"do": "status", **rest} if not rest:
             return Status()
+        case {"do": "metrics", **rest} if not rest:
+            return Metrics()
         case {"do": "reload", **rest} if not rest:
             return Reload()
         case {

@@ -10,11 +10,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Final
 
-from xen9p import __version__, policy
+from xen9p import __version__, journal, policy
 from xen9p.control import RUNTIME, ControlServer, socket_path
-from xen9p.errors import ControlError, PolicyError, Xen9pError
+from xen9p.errors import ControlError, PolicyError, Xen9pError, describe
 from xen9p.loop import Loop
 from xen9p.notify import notify, reloading
 
@@ -83,21 +82,6 @@ def run(policy_path: Path, runtime: Path) -> int:
     return 0
 
 
-class _JournalFormatter(logging.Formatter):
-    """One line a record, with the priority that journald takes off again."""
-
-    _priority: Final = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
-
-    def __init__(self, *, journal: bool) -> None:
-        super().__init__()
-        self._journal = journal
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = " ".join(record.getMessage().split())
-        prefix = f"<{self._priority.get(record.levelno, 5)}>" if self._journal else ""
-        return f"{prefix}{record.levelname.lower()}: {text}"
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of xen9pd; the reference in the documentation is generated from this."""
     parser = argparse.ArgumentParser(prog="xen9pd", description="Serve directories to Xen guests as the policy says.")
@@ -112,9 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The xen9pd command."""
     args = build_parser().parse_args(argv)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_JournalFormatter(journal="JOURNAL_STREAM" in os.environ))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    journal.set_up("xen9pd")
     try:
         return run(args.policy, args.runtime_dir)
     except Xen9pError as error:
@@ -124,12 +106,3 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         log.critical("xen9pd ends: %s", describe(error))
         return 1
-
-
-def describe(error: BaseException) -> str:
-    """An unforeseen exception as one line, with the place that it came from."""
-    trace: Any = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
-    return f"{type(error).__name__}: {error}{where}"

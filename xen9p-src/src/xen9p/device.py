@@ -149,6 +149,8 @@ class Device:
         self.published = published
         self.frontend: int | None = S.INITIALISING
         self.reason = ""  # why it failed
+        self.violations = 0
+        self.restarts = 0  # of the worker
         self._rings = rings
         self._worker = phase is Phase.CONNECTED
         self._detaching = False
@@ -193,6 +195,7 @@ class Device:
         """The guest broke the rules; the device is closed for good."""
         if self.phase in (Phase.GONE, Phase.FAILED) or self._failing:
             return []
+        self.violations += 1
         return [Log("warning", f"closed: {reason}"), *self._fail(reason)]
 
     def worker_ready(self) -> Actions:
@@ -224,6 +227,7 @@ class Device:
         delay = BACKOFF[min(recent, len(BACKOFF)) - 1]
         self.phase = Phase.STARTING
         self._spawn_pending = True
+        self.restarts += 1
         return [Log("error", f"worker {reason}; a new one in {delay:g} s"), self._timer(delay)]
 
     def adopted(self) -> None:

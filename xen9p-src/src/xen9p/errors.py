@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno as _errno
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -58,3 +59,12 @@ class XenStoreError(Xen9pError):
 
 class ControlError(Xen9pError):
     """The supervisor cannot be reached, or refused a request."""
+
+
+def describe(error: BaseException) -> str:
+    """An unforeseen exception as one line, with the place that it came from."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
+    return f"{type(error).__name__}: {error}{where}"

@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from xen9p import __version__, device, policy, workers, xenbus
+from xen9p import __version__, device, journal, policy, workers, xenbus
 from xen9p.budget import Budget
 from xen9p.control import (
     Answer,
     Attach,
     Detach,
+    Metrics,
     Reload,
     Request,
     Status,
@@ -43,7 +44,7 @@ RATE: Final = 5.0
 COST_REBUILD: Final = 10.0
 STATS_TIMEOUT: Final = 2.0
 RECONNECT: Final = 2.0
-_STATS: Final = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight")
+_STATS: Final = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued")
 _DOMAINS: Final = ("@introduceDomain", "@releaseDomain")
 
 
@@ -65,11 +66,17 @@ class Managed:
         """The watch token of the frontend's state."""
         return f"{self.owner.id.domid}/{self.devid}"
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """What the journal can be asked for."""
+        who = self.owner.id
+        return journal.fields(who.name, who.domid, self.devid, self.grant.tag, self.grant.export)
+
     def say(self, level: str, text: str) -> None:
         """One log line about this device."""
         who = self.owner.id
         line = f"guest={who.name} device={self.token} tag={self.grant.tag} {text}"
-        log.log(logging.getLevelName(level.upper()), "%s", line)
+        log.log(logging.getLevelName(level.upper()), "%s", line, extra={"fields": self.fields})
 
 
 class Guest:
@@ -83,6 +90,11 @@ class Guest:
         self.refused: set[str] = set()  # problems logged already
         self.waiting = False
         self._next_devid = 0
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What the journal can be asked for."""
+        return journal.fields(self.id.name, self.id.domid)
 
     def new_devid(self, used: set[int]) -> int:
         """A device number that this guest has not had: one that comes back goes unnoticed by its kernel."""
@@ -201,7 +213,7 @@ class Supervisor:
         for domid, who in present.items():
             if domid not in self.guests:
                 self.guests[domid] = Guest(who)
-                log.info("guest=%s domain=%d seen", who.name, domid)
+                log.info("guest=%s domain=%d seen", who.name, domid, extra={"fields": journal.fields(who.name, domid)})
             self.give(self.guests[domid])
 
     def give(self, guest: Guest) -> None:
@@ -222,10 +234,10 @@ class Supervisor:
     def _say_once(self, guest: Guest, text: str) -> None:
         if text not in guest.refused:
             guest.refused.add(text)
-            log.error("guest=%s %s", guest.id.name, text)
+            log.error("guest=%s %s", guest.id.name, text, extra={"fields": guest.fields})
 
     def _guest_gone(self, guest: Guest) -> None:
-        log.info("guest=%s domain=%d gone", guest.id.name, guest.id.domid)
+        log.info("guest=%s domain=%d gone", guest.id.name, guest.id.domid, extra={"fields": guest.fields})
         del self.guests[guest.id.domid]
         for managed in list(guest.devices.values()):
             self._perform(managed, managed.machine.domain_gone())
@@ -477,9 +489,7 @@ class Supervisor:
             phase = Phase.FAILED
         elif published == XenbusState.INIT_WAIT and (found is None or found.hello.get("state") == "prepared"):
             phase = Phase.WAITING
-        elif found is not None:
-            phase = Phase.STARTING
-        elif published == XenbusState.CONNECTED:
+        elif found is not None or published == XenbusState.CONNECTED:
             phase = Phase.STARTING
         else:
             phase = Phase.CLOSED
@@ -523,7 +533,9 @@ class Supervisor:
     def _handle(self, request: Request, answer: Answer) -> None:
         match request:
             case Status():
-                self._collect(lambda: answer({"ok": True, **self.status()}))
+                self._collect("stats", lambda: answer({"ok": True, **self.status()}))
+            case Metrics():
+                self._collect("metrics", lambda: answer({"ok": True, **self.metrics()}))
             case Reload():
                 self.reload()
                 answer({"ok": True, "rules": len(self.policy.rules)})
@@ -606,8 +618,8 @@ class Supervisor:
         managed.waiters.append(lambda: answer({"ok": True}))
         self._perform(managed, managed.machine.detach())
 
-    def _collect(self, done: Callable[[], None]) -> None:
-        """Fetches fresh stats of all workers, then calls done; those that are slow keep their old ones."""
+    def _collect(self, what: str, done: Callable[[], None]) -> None:
+        """Fetches fresh stats or metrics of all workers, then calls done; those that are slow keep their old ones."""
         missing = 0
         finished = False
         timer = 0
@@ -627,7 +639,7 @@ class Supervisor:
 
         for guest in self.guests.values():
             for managed in guest.devices.values():
-                if managed.worker is not None and managed.worker.ask_stats(one):
+                if managed.worker is not None and managed.worker.ask(what, one):
                     missing += 1
         if missing:
             timer = self.loop.after(STATS_TIMEOUT, finish)
@@ -663,6 +675,19 @@ class Supervisor:
             ],
             "devices": [_device_status(d) for g in guests for _, d in sorted(g.devices.items())],
         }
+
+    def metrics(self) -> Object:
+        """status(), and for each device all that its worker and the supervisor count."""
+        found = self.status()
+        there = {(d["domid"], d["devid"]): d for d in found["devices"]}
+        for guest in self.guests.values():
+            for managed in guest.devices.values():
+                there[guest.id.domid, managed.devid] |= {
+                    "detail": managed.worker.detail if managed.worker else {},
+                    "restarts": managed.machine.restarts,
+                    "violations": managed.machine.violations,
+                }
+        return found
 
 
 def _plain(rings: tuple[device.Ring, ...]) -> list[Object]:

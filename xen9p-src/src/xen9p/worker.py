@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import logging
 import os
 import resource
 import select
@@ -25,10 +26,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xen9p import server
+from xen9p import journal, server, tracer
 from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
-from xen9p.errors import Xen9pError
+from xen9p.errors import Xen9pError, describe
 
+LOG = logging.getLogger(__name__)
 SEND_TIMEOUT = struct.pack("ll", 2, 0)
 MOST_FIDS = 1 << 18
 RESERVED_FDS = 128  # for what is no fid: rings, sockets, the export
@@ -86,6 +88,7 @@ class Worker:
         self._rings: list[dict[str, int]] | None = None
         self._ready: dict[str, Any] | None = None
         self._last: dict[str, Any] | None = None
+        self._tracers: set[threading.Thread] = set()
 
     def run(self) -> int:
         """Prepares, waits for the rings, maps, serves, ends.
@@ -113,6 +116,8 @@ class Worker:
         reason = device.reason
         with self._lock:  # nobody asks for statistics meanwhile
             self.device = None
+        for thread in list(self._tracers):  # each looks once more and leaves
+            thread.join()
         device.close()
         stopped = verdict == Verdict.STOPPED
         self._finish({"event": "stopped"} if stopped else {"event": "ended", "reason": reason})
@@ -176,9 +181,28 @@ class Worker:
                         self._send(client, event)
             with contextlib.suppress(OSError, ValueError):
                 for line in lines:
-                    self._obey(client, json.loads(line))
+                    order = json.loads(line)
+                    if order.get("do") == "trace":
+                        self._trace(client, int(order.get("data", tracer.DATA)))
+                        break
+                    self._obey(client, order)
             with self._lock:
-                self._clients.remove(client)
+                if client in self._clients:
+                    self._clients.remove(client)
+
+    def _trace(self, client: socket.socket, data: int) -> None:
+        """Makes of this conversation a trace, until the client hangs up or the device ends."""
+        me = threading.current_thread()
+        with self._lock:
+            self._clients.remove(client)  # events would come into the middle of its lines
+            device = self.device
+            if device is None:
+                return
+            self._tracers.add(me)
+        try:
+            tracer.ship(device, client, data, lambda: self.device is not device)
+        finally:
+            self._tracers.discard(me)
 
     def _obey(self, client: socket.socket, order: Mapping[str, Any]) -> None:
         with self._lock:
@@ -194,6 +218,8 @@ class Worker:
                         self.device.stop()
                 case "stats" if self.device:
                     self._send(client, {"event": "stats"} | dict(self.device.stats()))
+                case "metrics" if self.device:
+                    self._send(client, {"event": "metrics"} | seen(self.device))
 
     def _finish(self, event: dict[str, Any]) -> None:
         with self._lock:
@@ -211,21 +237,42 @@ class Worker:
             client.sendall(json.dumps(event).encode() + b"\n")
 
 
+def seen(device: DataPlane) -> dict[str, Any]:
+    """All that a device counts: stats(), by_type, errnos and times."""
+    return {
+        **device.stats(),
+        "by_type": dict(device.stats_by_type()),
+        "errnos": dict(device.errnos()),
+        "times": dict(device.times()),
+    }
+
+
 def main(request: Mapping[str, Any], listener: socket.socket) -> int:
     """What the zygote runs in a new child. The socket that listener listens on is request["socket"]."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     title = f"x9 {request['guest']}/{request['tag']}"
     ctypes.CDLL(None).prctl(PR_SET_NAME, title.encode()[:15], 0, 0, 0)
-    return Worker(request, listener).run()
+    journal.speak_for(
+        journal.fields(
+            request["guest"], request["domid"], request["devid"], request["tag"], str(request.get("export", ""))
+        )
+    )
+    try:
+        return Worker(request, listener).run()
+    except Exception as error:
+        LOG.critical("worker ends: %s", describe(error))
+        return 1
 
 
-def serve_connection(stream: socket.socket, path: str, readonly: bool) -> Verdict:
+def serve_connection(stream: socket.socket, path: str, readonly: bool, trace: tracer.Sink | None = None) -> Verdict:
     """Serves one connected socket until it ends."""
     with stream:
         device = DataPlane(open_export(path), readonly, limits())
         try:
             device.add_stream(stream)
-            return device.run(server.serve)
+            name = f"client:{stream.fileno()}"
+            with contextlib.closing(tracer.Recorder(device, name, trace)) if trace else contextlib.nullcontext():
+                return device.run(server.serve)
         finally:
             device.close()
 
@@ -233,21 +280,24 @@ def serve_connection(stream: socket.socket, path: str, readonly: bool) -> Verdic
 Live = dict[socket.socket, threading.Thread]
 
 
-def _serve_client(stream: socket.socket, path: str, readonly: bool, live: Live) -> None:
+def _serve_client(stream: socket.socket, path: str, readonly: bool, live: Live, trace: tracer.Sink | None) -> None:
     """A client's thread: what is wrong with the export costs this client its connection, in one line."""
     try:
-        serve_connection(stream, path, readonly)
+        serve_connection(stream, path, readonly, trace)
     except Xen9pError as error:
         print(f"xen9p: error: {error}", file=sys.stderr, flush=True)
     finally:
         live.pop(stream, None)
 
 
-def _accept_until_told(listener: socket.socket, told: socket.socket, path: str, readonly: bool) -> None:
+def _accept_until_told(
+    listener: socket.socket, told: socket.socket, path: str, readonly: bool, trace: tracer.Sink | None
+) -> None:
     live: Live = {}
     while told not in select.select([listener, told], [], [])[0]:
         client, _ = listener.accept()
-        thread = threading.Thread(target=_serve_client, args=(client, path, readonly, live), name="client", daemon=True)
+        args = (client, path, readonly, live, trace)
+        thread = threading.Thread(target=_serve_client, args=args, name="client", daemon=True)
         live[client] = thread
         thread.start()
     for stream, thread in list(live.items()):
@@ -273,8 +323,11 @@ def _listen_at(address: tuple[str, int] | str) -> socket.socket:
         ) from None
 
 
-def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str) -> int:
+def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str, trace: tracer.Sink | None = None) -> int:
     """Serves a directory on a Unix socket (a path) or TCP (host, port), a thread a client, until SIGINT or SIGTERM.
+
+    Args:
+        trace: gets every request of every client.
 
     Raises:
         Xen9pError: the directory or the address is not usable.
@@ -287,7 +340,7 @@ def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str) -> i
         signal.signal(number, lambda *_: tell.send(b"!"))
     with told, tell, _listen_at(address) as listener:
         print(f"serving {path} on {listener.getsockname()}", file=sys.stderr, flush=True)
-        _accept_until_told(listener, told, path, readonly)
+        _accept_until_told(listener, told, path, readonly, trace)
     if isinstance(address, str):
         Path(address).unlink(missing_ok=True)
     return 0

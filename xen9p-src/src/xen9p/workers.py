@@ -45,6 +45,7 @@ class Worker:
     def __init__(self, loop: Loop, path: Path, ready: Callable[[], None], gone: Callable[[str, str], None]) -> None:
         self.pid: int | None = None
         self.stats: Object = {}
+        self.detail: Object = {}
         self.hello: Object = {}
         self.is_ready = False
         self.has_rings = False
@@ -60,7 +61,7 @@ class Worker:
         self._kill_wanted = False
         self._timers: list[int] = []
         self._ended = False
-        self._stats_waiters: list[Callable[[], None]] = []
+        self._waiters: dict[str, list[Callable[[], None]]] = {"stats": [], "metrics": []}
 
     def started(self, pid: int) -> None:
         """The zygote has forked it."""
@@ -118,14 +119,22 @@ class Worker:
         else:
             self._kill_wanted = True
 
-    def ask_stats(self, answered: Callable[[], None]) -> bool:
-        """Asks for fresh stats; answered() is called when they are in ``stats``. False: nobody to ask."""
+    def ask(self, what: str, answered: Callable[[], None]) -> bool:
+        """Asks for fresh "stats" or "metrics"; answered() is called when they are in ``stats`` or ``detail``. False:
+        nobody to ask.
+        """
         if self._channel is None or not self._channel.open or not self.is_ready:
             return False
-        self._stats_waiters.append(answered)
-        if len(self._stats_waiters) == 1:
-            self._channel.send({"do": "stats"})
+        waiters = self._waiters[what]
+        waiters.append(answered)
+        if len(waiters) == 1:
+            self._channel.send({"do": what})
         return True
+
+    def _answered(self, what: str) -> None:
+        waiters, self._waiters[what] = self._waiters[what], []
+        for waiter in waiters:
+            waiter()
 
     def _watch(self, pid: int) -> None:
         self.pid = pid
@@ -154,9 +163,10 @@ class Worker:
                 self._ready_callback()
         elif kind == "stats":
             self.stats = {k: v for k, v in event.items() if k != "event"}
-            waiters, self._stats_waiters = self._stats_waiters, []
-            for waiter in waiters:
-                waiter()
+            self._answered("stats")
+        elif kind == "metrics":
+            self.detail = {k: v for k, v in event.items() if k != "event"}
+            self._answered("metrics")
         elif kind in ("failed", "ended", "stopped"):
             self._last = str(kind)
             self._reason = str(event.get("reason", ""))[:300]
@@ -190,9 +200,8 @@ class Worker:
             self._pidfd = -1
         for path in (self._path, self._path.with_suffix(".pid")):
             path.unlink(missing_ok=True)
-        waiters, self._stats_waiters = self._stats_waiters, []
-        for waiter in waiters:
-            waiter()
+        for what in self._waiters:
+            self._answered(what)
         self._gone_callback(self._last, self._reason)
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from xen9p import journal
+
 MAX_PACKET: Final = 65536
 
 Request = dict[str, Any]
@@ -38,6 +40,7 @@ def start() -> tuple[int, socket.socket]:
         keep = theirs.detach()
         os.closerange(3, keep)
         os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
+        journal.after_fork()
         status = _main(socket.socket(fileno=keep))
     except BaseException as error:  # a child of a fork must never return into its parent's code
         _complain("zygote", error)

@@ -21,6 +21,7 @@ from typing import Any
 from xen9p._dataplane import ffi, lib
 from xen9p.codec import Qid
 from xen9p.errors import Xen9pError
+from xen9p.histogram import BUCKETS, GROUPS, STAGES
 
 MAX_MSIZE = 1 << 20
 """Largest message in bytes that a stream may agree on; a ring clamps it to half of its half."""
@@ -38,14 +39,16 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping; None: as long as
-    pays on this machine (spin_us())."""
+    """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping, None for as
+    long as pays on this machine (spin_us()); and timing: 1 to measure how long messages take, 0 to leave it.
+    """
 
     max_fids: int = 65536
     max_queued: int = 64
     pool_threads: int = 4
     python_threads: int = 2
     spin_us: int | None = None
+    timing: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class DataPlane:
                 "max_queued": self.limits.max_queued,
                 "pool_threads": self.limits.pool_threads,
                 "spin_us": spin_us() if self.limits.spin_us is None else self.limits.spin_us,
+                "timing": self.limits.timing,
             },
         )
         self._dev = lib.x9_dev_new(config)
@@ -101,6 +105,7 @@ class DataPlane:
             os.close(root_fd)
             raise Xen9pError("cannot make a device", hint="out of memory or file descriptors")
         self._keep: list[Any] = []
+        self._trace_buffer: Any = None
 
     def close(self) -> None:
         """Frees everything; only after run() has returned."""
@@ -242,15 +247,60 @@ class DataPlane:
         return int(lib.x9_dev_order(self._dev))
 
     def stats(self) -> Mapping[str, int]:
-        """Counters since the start: requests, read_bytes, written_bytes, errors; and now: fids, in_flight."""
+        """Counters since the start: requests, read_bytes, written_bytes, errors; and now: fids, in_flight, queued."""
         out = self._stats()
-        names = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight")
+        names = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued")
         return {name: int(getattr(out, name)) for name in names}
 
     def stats_by_type(self) -> Mapping[int, int]:
         """How many messages of each type have come."""
         out = self._stats()  # held: by_type alone does not keep its memory
         return {kind: int(count) for kind, count in enumerate(out.by_type) if count}
+
+    def errnos(self) -> Mapping[int, int]:
+        """How often each errno has been answered; 0 stands for those beyond Linux's own."""
+        out = ffi.new("uint64_t[]", lib.X9_ERRNOS)
+        lib.x9_dev_errnos(self._dev, out)
+        return {number: int(count) for number, count in enumerate(out) if count}
+
+    def times(self) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """Where messages have spent their time: by group and stage (histogram.GROUPS, .STAGES), each with "counts"
+        (a list of histogram.BUCKETS) and "seconds" (of all together). What has not come is left out.
+        """
+        counts = ffi.new("uint64_t[]", lib.X9_GROUPS * lib.X9_STAGES * lib.X9_BUCKETS)
+        ns = ffi.new("uint64_t[]", lib.X9_GROUPS * lib.X9_STAGES)
+        lib.x9_dev_times(self._dev, counts, ns)
+        every = ffi.unpack(counts, len(counts))
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for i, (group, stage) in enumerate((g, s) for g in GROUPS for s in STAGES):
+            mine = every[i * BUCKETS : (i + 1) * BUCKETS]
+            if any(mine):
+                found.setdefault(group, {})[stage] = {"counts": mine, "seconds": ns[i] / 1e9}
+        return found
+
+    def trace_start(self, data: int) -> None:
+        """Begins to mirror messages for trace_read(), with at most data bytes of file data each.
+
+        Raises:
+            OSError: EBUSY, it is being traced.
+        """
+        if self._trace_buffer is None:
+            self._trace_buffer = ffi.new("uint8_t[]", 2 * lib.X9_TRACE_BUFFER)
+        _raise(lib.x9_trace_start(self._dev, max(0, data)))
+
+    def trace_stop(self) -> None:
+        """Ends the trace."""
+        lib.x9_trace_stop(self._dev)
+
+    def trace_read(self) -> bytes:
+        """The records that are there, for records.unpack(); b"" if there are none. For one thread at a time."""
+        size = lib.x9_trace_read(self._dev, self._trace_buffer, len(self._trace_buffer))
+        return bytes(ffi.buffer(self._trace_buffer, size))
+
+    @property
+    def trace_dropped(self) -> int:
+        """How many messages did not fit into the queue since trace_start()."""
+        return int(lib.x9_trace_dropped(self._dev))
 
     def _stats(self) -> Any:
         out = ffi.new("x9_stats *")

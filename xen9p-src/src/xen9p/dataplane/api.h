@@ -13,6 +13,7 @@ typedef struct x9_stats {
     uint64_t errors;
     uint64_t fids;
     uint64_t in_flight;
+    uint64_t queued; /* of those in flight: waiting for a thread */
     uint64_t by_type[128];
 } x9_stats;
 
@@ -24,6 +25,7 @@ typedef struct x9_config {
     uint32_t max_queued; /* requests waiting for or held by the pool and Python together */
     uint32_t pool_threads;
     uint32_t spin_us;    /* how long to look for work before sleeping; 0: not at all */
+    int timing;          /* whether to measure how long messages take */
 } x9_config;
 
 /* Why x9_dev_run came back. */
@@ -66,3 +68,17 @@ int x9_front_send(x9_front *front, const uint8_t *msg, uint32_t len, int timeout
 int64_t x9_front_recv(x9_front *front, uint8_t *buf, uint32_t cap, int timeout_ms);
 
 uint64_t x9_ring_data_bytes(uint32_t order);
+
+/* What can be seen of a device; observe.c says more. */
+#define X9_GROUPS 10   /* of message types */
+#define X9_STAGES 4    /* in the ring, in the queue, in the filesystem, all together */
+#define X9_BUCKETS 25  /* powers of 2 of microseconds */
+#define X9_ERRNOS 134
+#define X9_MOST_SNAP 16384    /* bytes of file data in a trace's record */
+#define X9_TRACE_BUFFER 65536 /* bytes that one record fits into */
+void x9_dev_times(x9_dev *dev, uint64_t *counts, uint64_t *ns);
+void x9_dev_errnos(x9_dev *dev, uint64_t *out);
+int x9_trace_start(x9_dev *dev, uint32_t snap);
+void x9_trace_stop(x9_dev *dev);
+uint64_t x9_trace_dropped(x9_dev *dev);
+uint32_t x9_trace_read(x9_dev *dev, uint8_t *buf, uint32_t cap);

@@ -6,7 +6,7 @@ from pathlib import Path
 import cffi
 
 HERE = Path(__file__).resolve().parent
-UNITS = ("ring.c", "fid.c", "fs.c", "xen.c", "wait.c", "device.c", "front.c")
+UNITS = ("ring.c", "fid.c", "fs.c", "xen.c", "wait.c", "device.c", "front.c", "observe.c", "clock.c")
 
 # The fields of C's structures that Python reads; the rest is C's own.
 VISIBLE = """

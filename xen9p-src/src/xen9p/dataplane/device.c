@@ -86,6 +86,9 @@ void x9_dev_stats(x9_dev *dev, x9_stats *out)
     pthread_mutex_unlock(&dev->fids.lock);
     pthread_mutex_lock(&dev->lock);
     out->in_flight = dev->nlive;
+    out->queued = 0;
+    for (const struct x9_req *req = dev->live; req; req = req->next_live)
+        out->queued += !req->running;
     pthread_mutex_unlock(&dev->lock);
 }
 
@@ -238,6 +241,7 @@ static void mark_replying(struct x9_dev *dev, struct x9_req *req)
 
 void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len)
 {
+    obs_done(call->dev, &call->note, msg, len);
     if (call->req)
         mark_replying(call->dev, call->req);
     link_send(call->link, msg, len, !call->req);
@@ -246,6 +250,7 @@ void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len)
 static void encode_errno(struct x9_dev *dev, uint8_t msg[11], uint16_t tag, uint32_t err)
 {
     add(&dev->errors, 1);
+    obs_errno(dev, err);
     put_header(msg, 11, P9_RLERROR, tag);
     put32(msg + X9_HEADER, err);
 }
@@ -298,6 +303,8 @@ static void req_free(struct x9_req *req)
 {
     if (req->held)
         ring_release(&req->link->ring, req->held);
+    if (req->note.record) /* never answered */
+        obs_end(req->link->dev, &req->note, req->type, false);
     free(req->flushes);
     free(req->msg);
     free(req);
@@ -400,12 +407,15 @@ static void *pool_thread(void *arg)
         call->tag = req->tag, call->type = req->type, call->may_block = true;
         call->req = req;
         call->data_in_ring = req->held != NULL, call->data_pos = req->data_pos;
+        call->note = req->note, req->note = (struct x9_note){0};
+        obs_start(&call->note);
         int result = fs_handle(call);
         if (req->held) {
             ring_release(&req->link->ring, req->held); /* before the reply: the peer may be waiting for room */
             req->held = NULL;
         }
         answer(call, result);
+        obs_end(dev, &call->note, call->type, false);
         req_done(dev, req);
         fs_write_back(&call->stream);
         pthread_mutex_lock(&dev->lock);
@@ -468,6 +478,7 @@ static int later(struct x9_call *call, bool cold)
         }
         dev->nqueued++;
     }
+    req->note = call->note, call->note = (struct x9_note){0};
     req->next_live = dev->live;
     dev->live = req;
     dev->nlive++;
@@ -509,13 +520,17 @@ x9_req *x9_next_cold(x9_dev *dev)
     if (req)
         req->running = true;
     pthread_mutex_unlock(&dev->lock);
+    if (req)
+        obs_start(&req->note);
     return req;
 }
 
 void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len)
 {
+    obs_done(dev, &req->note, msg, len);
     mark_replying(dev, req);
     link_send(req->link, msg, len, false);
+    obs_end(dev, &req->note, req->type, false);
     req_done(dev, req);
 }
 
@@ -584,14 +599,12 @@ static int flush(struct x9_call *call)
 
 /* --- the reader --- */
 
-/* Handles one message. For a Twrite in the ring, msg is just the header. */
-static void handle(struct x9_call *call)
+/* Answers one message or sees to it that somebody will. */
+static void dispatch(struct x9_call *call)
 {
     struct x9_dev *dev = call->dev;
     int result;
 
-    call->type = call->msg[4];
-    call->tag = get16(call->msg + 5);
     add(&dev->requests, 1);
     if (call->type < 128)
         add(&dev->by_type[call->type], 1);
@@ -629,6 +642,16 @@ static void handle(struct x9_call *call)
         write_back_later(call);
 }
 
+/* Handles one message. For a Twrite in the ring, msg is just the header. */
+static void handle(struct x9_call *call)
+{
+    call->type = call->msg[4];
+    call->tag = get16(call->msg + 5);
+    obs_begin(call);
+    dispatch(call);
+    obs_end(call->dev, &call->note, call->type, true);
+}
+
 static uint32_t size_limit(const struct x9_dev *dev) { return dev->msize ? dev->msize : X9_MIN_MSIZE; }
 
 /* Takes at most a budget of messages off a ring. Returns how many. */
@@ -658,6 +681,7 @@ static int serve_ring(struct x9_link *link, struct x9_call *call)
         call->data_in_ring = dev->buf[4] == P9_TWRITE && size >= X9_WRITE_HEADER;
         call->data_pos = ring->rx_pos + X9_WRITE_HEADER, call->held = NULL;
         ring_peek(ring, X9_HEADER, dev->buf + X9_HEADER, (call->data_in_ring ? X9_WRITE_HEADER : size) - X9_HEADER);
+        obs_take(call, (uint32_t)have);
         if (!call->data_in_ring && ring_consume(ring, size))
             finish(dev, X9_SYSTEM, "out of memory");
         handle(call);
@@ -678,6 +702,7 @@ static int serve_stream(struct x9_link *link, struct x9_call *call)
         return 0;
     }
     have += (uint32_t)n;
+    obs_look(dev);
     while (have - at >= X9_HEADER && !dev_ending(dev)) {
         uint32_t size = get32(link->stream_buf + at);
         if (size < X9_HEADER || size > size_limit(dev)) {
@@ -687,6 +712,7 @@ static int serve_stream(struct x9_link *link, struct x9_call *call)
         if (have - at < size)
             break;
         call->link = link, call->msg = link->stream_buf + at, call->size = size, call->data_in_ring = false;
+        obs_take(call, size);
         handle(call);
         at += size, taken++;
     }
@@ -732,6 +758,7 @@ int x9_dev_run(x9_dev *dev)
         finish(dev, X9_SYSTEM, "out of memory");
     else
         call->dev = dev;
+    obs_look(dev);
     while (!dev_ending(dev)) {
         int taken = 0;
 
@@ -745,11 +772,13 @@ int x9_dev_run(x9_dev *dev)
                 wait_for_events(dev, 0);
             continue;
         }
+        obs_look(dev);
         if (spin_on(&spin, dev->config.spin_us))
             continue;
         int err = wait_for_events(dev, -1);
         if (err)
             finish(dev, X9_SYSTEM, "waiting for events: %s", strerror(err));
+        obs_look(dev);
     }
     for (uint64_t until = now_us() + DRAIN_US; !dev_stopping(dev) && now_us() < until && dev_drain_step(dev);)
         ;
@@ -794,6 +823,7 @@ x9_dev *x9_dev_new(const x9_config *config)
         return NULL;
     }
     dev->root_dev = st.st_dev, dev->root_ino = st.st_ino;
+    obs_init(dev);
     return dev;
 }
 
@@ -881,6 +911,7 @@ void x9_dev_free(x9_dev *dev)
         free(link->stream_buf);
         free(link);
     }
+    obs_free(dev);
     if (dev->fids.buckets)
         fids_free(&dev->fids);
     if (dev->evt_fd >= 0)

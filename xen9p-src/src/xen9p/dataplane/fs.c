@@ -600,6 +600,7 @@ static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset
     if (!err) {
         put_header(header, X9_READ_HEADER + (uint32_t)got, P9_TREAD + 1, call->tag);
         put32(header + X9_HEADER, (uint32_t)got);
+        obs_done_read(call, header, (uint32_t)got);
         ring_poke(&link->ring, 0, header, sizeof header);
         ring_publish(&link->ring, X9_READ_HEADER + (uint32_t)got);
         dev_count_io(call->dev, (uint64_t)got, 0);

@@ -8,7 +8,6 @@
 #include <poll.h>
 #include <sched.h>
 #include <sys/eventfd.h>
-#include <time.h>
 
 #define ROUNDS 15
 #define REST_US 500         /* between two rounds, so that the sleeper really sleeps */
@@ -16,14 +15,6 @@
 #define LEAST_US 50u
 #define MOST_US 2500u
 #define SHY_US 20000u       /* how long to leave the processor to others that want it */
-
-uint64_t now_us(void)
-{
-    struct timespec at;
-
-    clock_gettime(CLOCK_MONOTONIC, &at);
-    return (uint64_t)at.tv_sec * 1000000 + (uint64_t)at.tv_nsec / 1000;
-}
 
 struct sleeper {
     int wake_fd, done_fd;

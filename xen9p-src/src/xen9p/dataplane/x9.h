@@ -148,6 +148,37 @@ int fids_swap(struct x9_fids *fids, struct x9_fid *old, struct x9_fid *fid);
 int fids_drop(struct x9_fids *fids, uint32_t num);
 void fid_put(struct x9_fid *fid);
 
+/* --- what can be seen (observe.c) --- */
+
+enum { X9_READ = 1, X9_WRITE, X9_LOOKUP, X9_OPEN, X9_READDIR, X9_CHANGE, X9_SYNC, X9_XATTR, X9_LOCK }; /* 0: the session */
+enum x9_stage { X9_RING, X9_QUEUE, X9_FILESYSTEM, X9_TOTAL };
+
+/* [0] counts what took less than 1 us, [i] what took less than 2^i us, the last one all the rest. */
+struct x9_histogram {
+    uint64_t count[X9_BUCKETS], ticks;
+};
+
+struct x9_times {
+    struct x9_histogram h[X9_GROUPS][X9_STAGES];
+};
+
+struct x9_record;
+struct x9_trace;
+
+/* A message's times, in ticks, and its record if it is traced. All 0: nobody wants to know. */
+struct x9_note {
+    uint64_t seen, taken, begun, done;
+    bool queued;
+    struct x9_record *record;
+};
+
+/* What lies before end in a ring has been there since then. */
+struct x9_mark {
+    uint32_t end;
+    uint64_t since;
+};
+#define X9_MARKS 8u
+
 /* --- devices --- */
 
 enum x9_kind { X9_XEN, X9_MEMORY, X9_STREAM };
@@ -165,6 +196,9 @@ struct x9_link {
     uint64_t page_index, data_index; /* of /dev/xen/gntdev */
     uint8_t *stream_buf;
     uint32_t stream_have;
+    /* The reader's: when what is in the ring was seen first. */
+    struct x9_mark marks[X9_MARKS];
+    uint32_t first_mark, nmarks;
 };
 
 /* A stretch that a sequential writer has left behind: worth writing back already. */
@@ -191,6 +225,7 @@ struct x9_req {
     bool replying; /* its reply is leaving: the peer may use the tag again any moment */
     struct x9_flush *flushes; /* the Tflush requests that wait for this one */
     uint32_t nflushes;
+    struct x9_note note;
     struct x9_req *next;      /* in its queue */
     struct x9_req *next_live; /* among all that are in flight */
 };
@@ -227,6 +262,12 @@ struct x9_dev {
     uint64_t slow_until; /* the reader's: us until which it leaves all writes to the pool */
     uint8_t *buf; /* the reader's: msize bytes */
     uint64_t requests, read_bytes, written_bytes, errors, by_type[128];
+
+    uint64_t errnos[X9_ERRNOS];
+    uint64_t stamp; /* the reader's: when it was last seen working */
+    struct x9_times times[2]; /* [1] is the reader's own */
+    bool tracing;
+    struct x9_trace *trace; /* NULL until there was one */
 };
 
 /* What a handler says besides an errno (positive) or "reply is in out" (0). */
@@ -247,6 +288,7 @@ struct x9_call {
     uint32_t data_pos;
     struct x9_held *held; /* set by who leaves it there for the pool */
     struct x9_stream stream;
+    struct x9_note note;
     uint8_t *big;       /* msize bytes, or NULL: allocated on first use */
     uint8_t out[X9_SMALL];
     uint32_t out_len;
@@ -261,7 +303,13 @@ struct x9_spin {
 
 bool spin_on(struct x9_spin *spin, uint32_t limit_us);
 void spin_found(struct x9_spin *spin, uint32_t limit_us);
+
+/* clock.c */
 uint64_t now_us(void);
+uint64_t clock_ns(int clock);
+uint64_t ticks(void);
+uint64_t to_ns(uint64_t ticks);
+void calibrate(void);
 
 int fs_handle(struct x9_call *call);
 void fs_write_back(struct x9_stream *stream);
@@ -279,6 +327,17 @@ bool dev_ending(struct x9_dev *dev);
 bool dev_idle(struct x9_dev *dev);
 void dev_count_io(struct x9_dev *dev, uint64_t read, uint64_t written);
 int dev_drain(struct x9_dev *dev);
+
+void obs_init(struct x9_dev *dev);
+void obs_free(struct x9_dev *dev);
+void obs_errno(struct x9_dev *dev, uint32_t err);
+void obs_look(struct x9_dev *dev);
+void obs_take(struct x9_call *call, uint32_t visible);
+void obs_begin(struct x9_call *call);
+void obs_start(struct x9_note *note);
+void obs_done(struct x9_dev *dev, struct x9_note *note, const uint8_t *msg, uint32_t len);
+void obs_done_read(struct x9_call *call, const uint8_t *header, uint32_t got);
+void obs_end(struct x9_dev *dev, struct x9_note *note, uint8_t type, bool reader);
 
 int xen_open(struct x9_dev *dev);
 int xen_map(struct x9_link *link, uint32_t domid, uint32_t ref, uint32_t port);

@@ -7,6 +7,7 @@ with one guest is logged once and stays with that guest.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -64,6 +65,11 @@ class Managed:
     def token(self) -> str:
         """The watch token of the frontend's state."""
         return f"{self.owner.id.domid}/{self.devid}"
+
+    @property
+    def front(self) -> str:
+        """The frontend's directory in XenStore."""
+        return xenbus.frontend_path(self.owner.id.domid, self.devid, self.grant.frontend)
 
     def say(self, level: str, text: str) -> None:
         """One log line about this device."""
@@ -244,12 +250,10 @@ class Supervisor:
         return managed
 
     def _watch(self, managed: Managed) -> None:
-        front = xenbus.frontend_path(managed.owner.id.domid, managed.devid)
-        self.store.watch(f"{front}/state", managed.token)
+        self.store.watch(f"{managed.front}/state", managed.token)
 
     def _unwatch(self, managed: Managed) -> None:
-        front = xenbus.frontend_path(managed.owner.id.domid, managed.devid)
-        self.store.unwatch(f"{front}/state", managed.token)
+        self.store.unwatch(f"{managed.front}/state", managed.token)
 
     def _find(self, token: str) -> Managed | None:
         domid, _, devid = token.partition("/")
@@ -284,7 +288,7 @@ class Supervisor:
     def _look(self, managed: Managed) -> None:
         managed.dirty = False
         who = managed.owner.id
-        state = xenbus.state(self.store, xenbus.frontend_path(who.domid, managed.devid))
+        state = xenbus.state(self.store, managed.front)
         if state is None and xenbus.uuid_of(self.store, who.domid) != who.uuid:
             self.rescan()
             return
@@ -314,7 +318,7 @@ class Supervisor:
 
     def _read_rings(self, managed: Managed) -> None:
         try:
-            rings = xenbus.read_rings(self.store, managed.owner.id.domid, managed.devid)
+            rings = xenbus.read_rings(self.store, managed.front)
         except ViolationError as error:
             self._perform(managed, managed.machine.violation(error.message))
         else:
@@ -397,7 +401,9 @@ class Supervisor:
                 if last == "failed":  # asked to map, the next one fails the same way, and then it counts
                     managed.say("warning", f"its worker could not get ready: {reason}")
                 return
-            if last in ("failed", "ended"):
+            if last == "hangup":
+                actions = machine.frontend_gone()
+            elif last in ("failed", "ended"):
                 actions = machine.worker_failed(reason)
             elif last == "stopped" and machine.phase is not Phase.STOPPING:
                 actions = machine.worker_gone(time.monotonic(), "stopped unasked")
@@ -486,7 +492,9 @@ class Supervisor:
         problem = ""
         if phase is Phase.STARTING:
             try:
-                rings = xenbus.read_rings(self.store, left.domid, left.devid)
+                rings = xenbus.read_rings(
+                    self.store, xenbus.frontend_path(left.domid, left.devid, left.grant.frontend)
+                )
             except ViolationError as error:
                 problem = error.message
         machine = Device(phase, published, rings)
@@ -571,7 +579,7 @@ class Supervisor:
             )
         grant = next((g for g in grants if guest.by_tag(g.tag) is None), grants[0])
         if request.readonly:
-            grant = Grant(grant.export, grant.path, grant.tag, True, grant.auto)
+            grant = dataclasses.replace(grant, readonly=True)
         for problem in policy.path_problems(policy.Export(grant.export, grant.path)):
             raise ControlError(problem)
 
@@ -684,6 +692,7 @@ def _device_status(managed: Managed) -> Object:
         "export": grant.export,
         "path": str(grant.path),
         "access": _access(grant),
+        "frontend_kind": grant.frontend,
         "state": XenbusState.named(machine.published).lower(),
         "frontend": XenbusState.named(machine.frontend).lower() if known else str(machine.frontend),
         "phase": machine.phase.value,

@@ -38,7 +38,7 @@ class Worker:
 
     Args:
         ready: called when it serves.
-        gone: called once when the process has ended, with its last event ("failed", "ended", "stopped" or
+        gone: called once when the process has ended, with its last event ("failed", "ended", "hangup", "stopped" or
             "" for none) and the reason that it gave.
     """
 
@@ -157,7 +157,7 @@ class Worker:
             waiters, self._stats_waiters = self._stats_waiters, []
             for waiter in waiters:
                 waiter()
-        elif kind in ("failed", "ended", "stopped"):
+        elif kind in ("failed", "ended", "hangup", "stopped"):
             self._last = str(kind)
             self._reason = str(event.get("reason", ""))[:300]
             self._timers.append(self._loop.after(LINGER, self.kill))

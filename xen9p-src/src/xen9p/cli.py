@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p import __version__, control, policy
+from xen9p import __version__, control, file_options, policy
 from xen9p.errors import Xen9pError
 
 EXIT_USAGE: Final = 2
@@ -75,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--ro", action="store_true", help="read-only")
     where = serve.add_mutually_exclusive_group(required=True)
     where.add_argument("--unix", metavar="PATH", help="listen on a Unix socket")
-    where.add_argument("--tcp", metavar="HOST:PORT", type=_host_port, help="listen on a TCP port")
+    where.add_argument("--tcp", metavar="HOST:PORT", type=file_options.host_port, help="listen on a TCP port")
+    file_options.add(commands)
     return top
 
 
@@ -87,13 +88,6 @@ def _runtime(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="of xen9pd; default: %(default)s",
     )
-
-
-def _host_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,6 +129,14 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{args.file}: {len(rules.exports)} exports, {len(rules.rules)} rules, all well")
         case "serve":
             return _serve(args)
+        case "mount":
+            from xen9p.mount import run as mount  # noqa: PLC0415
+
+            return mount(args)
+        case command if command in file_options.NAMES:
+            from xen9p.file_commands import run as work_on_files  # noqa: PLC0415
+
+            return work_on_files(args)
     return 0
 
 

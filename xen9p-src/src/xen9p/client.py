@@ -1,4 +1,4 @@
-"""A synchronous 9P2000.L client over any transport, for one thread: errors as OSError, requests in any number under way.
+"""A synchronous 9P2000.L client over any transport, for one thread: errors as OSError, and requests side by side.
 
 Methods named after a message send that message and return its reply's content. submit() sends without waiting;
 replies may come in any order. Fids are plain ints that the client hands out; whoever got one from attach() or walk()
@@ -157,7 +157,8 @@ class Client:
         """A fid that is not in use."""
         return self._fids.take()
 
-    def _release(self, fid: int) -> None:
+    def release(self, fid: int) -> None:
+        """A fid of new_fid() did not come to be, or the server has forgotten it."""
         self._fids.give(fid)
 
     # One method a message.
@@ -175,7 +176,7 @@ class Client:
         try:
             self._call(codec.Tauth(afid, uname, aname, n_uname), codec.Rauth)
         except BaseException:
-            self._release(afid)
+            self.release(afid)
             raise
         return afid
 
@@ -185,7 +186,7 @@ class Client:
         try:
             self._call(codec.Tattach(fid, afid, uname, aname, n_uname), codec.Rattach)
         except BaseException:
-            self._release(fid)
+            self.release(fid)
             raise
         return fid
 
@@ -199,7 +200,7 @@ class Client:
         try:
             self._walk_to(fid, newfid, names)
         except BaseException:
-            self._release(newfid)
+            self.release(newfid)
             raise
         return newfid
 
@@ -244,14 +245,14 @@ class Client:
         try:
             self._call(codec.Tclunk(fid), codec.Rclunk)
         finally:
-            self._release(fid)
+            self.release(fid)
 
     def remove(self, fid: int) -> None:
         """Removes the file and clunks the fid, also if the removal fails."""
         try:
             self._call(codec.Tremove(fid), codec.Rremove)
         finally:
-            self._release(fid)
+            self.release(fid)
 
     def getattr(self, fid: int, mask: int = codec.GETATTR_BASIC) -> codec.Rgetattr:
         """The attributes in mask (GETATTR_*)."""
@@ -348,7 +349,7 @@ class Client:
         try:
             size = self._call(codec.Txattrwalk(fid, newfid, name), codec.Rxattrwalk).size
         except BaseException:
-            self._release(newfid)
+            self.release(newfid)
             raise
         return newfid, size
 

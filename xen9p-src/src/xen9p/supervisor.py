@@ -492,9 +492,7 @@ class Supervisor:
         problem = ""
         if phase is Phase.STARTING:
             try:
-                rings = xenbus.read_rings(
-                    self.store, xenbus.frontend_path(left.domid, left.devid, left.grant.frontend)
-                )
+                rings = xenbus.read_rings(self.store, xenbus.frontend_path(left.domid, left.devid, left.grant.frontend))
             except ViolationError as error:
                 problem = error.message
         machine = Device(phase, published, rings)

@@ -53,6 +53,10 @@ class SocketTransport:
             raise
         return cls(sock)
 
+    def set_timeout(self, seconds: float | None) -> None:
+        """Bounds every send and receive from now on; None: they wait for ever."""
+        self._sock.settimeout(seconds)
+
     def fileno(self) -> int:
         """The socket's descriptor."""
         return self._sock.fileno()

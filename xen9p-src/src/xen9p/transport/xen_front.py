@@ -70,10 +70,16 @@ def find(store: XenStore, tag: str) -> Device:
     )
 
 
+def require_guest() -> None:
+    """Xen9pError where there is no XenStore to be reached."""
+    if not Path(XENBUS).exists():
+        raise Xen9pError("this is no Xen guest", hint="to talk to a server on a socket use --unix or --tcp")
+    if not os.access(XENBUS, os.R_OK | os.W_OK):
+        raise Xen9pError(f"{XENBUS} cannot be opened", hint="run as root", errno=errno.EACCES)
+
+
 def load_modules() -> None:
     """Loads what /dev/xen lacks; nothing does that when the guest starts."""
-    if not Path("/proc/xen").exists() and not Path("/sys/hypervisor/type").exists():
-        raise Xen9pError("this is no Xen guest", hint="to talk to a server on a socket use --unix or --tcp")
     for module in MODULES:
         if not Path("/dev/xen", module.removeprefix("xen-")).exists():
             with suppress(OSError):
@@ -178,9 +184,8 @@ def connect(tag: str, *, order: int | None = None, timeout: float = CONNECT_TIME
     Raises:
         Xen9pError: no such device, it is in use, this is no Xen guest, or the host does not answer.
     """
+    require_guest()
     load_modules()
-    if not os.access(XENBUS, os.R_OK | os.W_OK):
-        raise Xen9pError(f"{XENBUS} cannot be opened", hint="run as root, in a Xen guest", errno=errno.EACCES)
     lock = Lock(tag)
     store = XenStore(XENBUS)
     front: Any = None

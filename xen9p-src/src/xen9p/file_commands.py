@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Final
 
 from xen9p import codec
+from xen9p.attributes import Attributes
 from xen9p.connect import Place
 from xen9p.errors import Xen9pError
 from xen9p.requests import split
-from xen9p.sides import Copier, Entry, LocalSide, RemoteSide, Side
+from xen9p.sides import Copier, LocalSide, RemoteSide, Side
 
 _READ: Final = 1 << 20
 _SHOW_AFTER: Final = 1.0  # seconds that a copy has to take before its progress is shown
@@ -147,7 +149,7 @@ class _Row:
 
     shown: bytes
     path: bytes
-    entry: Entry | None
+    entry: Attributes | None
 
 
 def _print_rows(side: RemoteSide, rows: list[_Row]) -> None:
@@ -172,7 +174,7 @@ def _print(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
-def _size_or_device(entry: Entry) -> str:
+def _size_or_device(entry: Attributes) -> str:
     if stat.S_ISCHR(entry.mode) or stat.S_ISBLK(entry.mode):
         return f"{os.major(entry.rdev)},{os.minor(entry.rdev)}"
     return str(entry.size)
@@ -251,7 +253,7 @@ def human(count: float) -> str:
 def _write(session: _Session, args: argparse.Namespace) -> None:
     with session.each():
         side, path = session.remote(args.path)
-        pieces = iter(lambda: sys.stdin.buffer.read1(_READ), b"")
+        pieces = iter(partial(os.read, sys.stdin.fileno(), _READ), b"")
         plain = not args.append and args.offset is None
         offset = None if args.append else args.offset or 0
         side.write_at(path, pieces, 0o666, offset=offset, truncate=plain)

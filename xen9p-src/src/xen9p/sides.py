@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from xen9p import codec
+from xen9p.attributes import Attributes
 from xen9p.client import Client
 from xen9p.codec import Dirent
 from xen9p.requests import split
@@ -27,60 +28,30 @@ Progress = Callable[[int], None]
 """Called with the number of bytes that have been moved since the last call."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What there is to know of a file. Times in ns since 1970, size in bytes."""
-
-    mode: int
-    uid: int
-    gid: int
-    nlink: int
-    size: int
-    blocks: int
-    ino: int
-    rdev: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @property
-    def is_dir(self) -> bool:
-        """Whether it is a directory."""
-        return stat.S_ISDIR(self.mode)
-
-    @property
-    def is_link(self) -> bool:
-        """Whether it is a symbolic link."""
-        return stat.S_ISLNK(self.mode)
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is a regular file."""
-        return stat.S_ISREG(self.mode)
-
-
 class Side(Protocol):
     """What copying needs of a side."""
 
-    def stat(self, path: bytes, *, follow: bool = True) -> Entry: ...
+    def stat(self, path: bytes, *, follow: bool = True) -> Attributes: ...
     def names(self, path: bytes) -> list[bytes]: ...
     def read(self, path: bytes) -> Iterator[bytes]: ...
     def write(self, path: bytes, pieces: Iterable[bytes], mode: int) -> None: ...
     def mkdir(self, path: bytes, mode: int) -> None: ...
     def readlink(self, path: bytes) -> bytes: ...
     def symlink(self, path: bytes, target: bytes) -> None: ...
-    def set_times(self, path: bytes, like: Entry) -> None: ...
+    def set_times(self, path: bytes, like: Attributes) -> None: ...
     def show(self, path: bytes) -> str: ...
 
 
 class LocalSide:
     """This machine's files."""
 
-    def stat(self, path: bytes, *, follow: bool = True) -> Entry:
+    def stat(self, path: bytes, *, follow: bool = True) -> Attributes:
         """The attributes of what lies at path."""
         s = os.stat(path, follow_symlinks=follow)
         times = (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns)
-        return Entry(s.st_mode, s.st_uid, s.st_gid, s.st_nlink, s.st_size, s.st_blocks, s.st_ino, s.st_rdev, *times)
+        return Attributes(
+            s.st_mode, s.st_uid, s.st_gid, s.st_nlink, s.st_size, s.st_blocks, s.st_ino, s.st_rdev, *times
+        )
 
     def names(self, path: bytes) -> list[bytes]:
         """What is in a directory, sorted."""
@@ -113,7 +84,7 @@ class LocalSide:
         """Makes a symbolic link."""
         os.symlink(target, path)
 
-    def set_times(self, path: bytes, like: Entry) -> None:
+    def set_times(self, path: bytes, like: Attributes) -> None:
         """Gives a file the mode and times of another."""
         os.chmod(path, stat.S_IMODE(like.mode))
         os.utime(path, ns=(like.atime_ns, like.mtime_ns))
@@ -226,10 +197,10 @@ class RemoteSide:
 
     # As the other side.
 
-    def stat(self, path: bytes, *, follow: bool = True) -> Entry:
+    def stat(self, path: bytes, *, follow: bool = True) -> Attributes:
         """The attributes of what lies at path."""
         with self.at(path, follow=follow) as fid:
-            return _entry(self.client.getattr(fid))
+            return Attributes.of(self.client.getattr(fid))
 
     def entries(self, path: bytes) -> list[Dirent]:
         """What is in a directory but '.' and '..', sorted by name."""
@@ -246,17 +217,17 @@ class RemoteSide:
         """The names in a directory, sorted."""
         return [entry.name for entry in self.entries(path)]
 
-    def stat_all(self, path: bytes, names: list[bytes]) -> list[Entry | OSError]:
+    def stat_all(self, path: bytes, names: list[bytes]) -> list[Attributes | OSError]:
         """The attributes of names in a directory (links themselves), many requests under way at a time."""
-        out: list[Entry | OSError] = []
+        out: list[Attributes | OSError] = []
         with self.at(path) as fid:
             for start in range(0, len(names), _BATCH):
                 out += self._stat_batch(fid, names[start : start + _BATCH])
         return out
 
-    def _stat_batch(self, fid: int, names: list[bytes]) -> list[Entry | OSError]:
+    def _stat_batch(self, fid: int, names: list[bytes]) -> list[Attributes | OSError]:
         client = self.client
-        out: list[Entry | OSError] = [OSError(errno.ENOENT, os.strerror(errno.ENOENT))] * len(names)
+        out: list[Attributes | OSError] = [OSError(errno.ENOENT, os.strerror(errno.ENOENT))] * len(names)
         walks = [
             (new := client.new_fid(), client.submit(codec.Twalk(fid, new, (name,)), codec.Rwalk)) for name in names
         ]
@@ -271,7 +242,7 @@ class RemoteSide:
         gets = [client.submit(codec.Tgetattr(new, codec.GETATTR_BASIC), codec.Rgetattr) for _, new in walked]
         for (i, _), get in zip(walked, gets, strict=True):
             try:
-                out[i] = _entry(get.result())
+                out[i] = Attributes.of(get.result())
             except OSError as error:
                 out[i] = error
         clunks = [client.submit(codec.Tclunk(new), codec.Rclunk) for _, new in walked]
@@ -336,7 +307,7 @@ class RemoteSide:
         with self.parent(old) as (olddir, oldname), self.parent(new) as (newdir, newname):
             self.client.renameat(olddir, oldname, newdir, newname)
 
-    def set_times(self, path: bytes, like: Entry) -> None:
+    def set_times(self, path: bytes, like: Attributes) -> None:
         """Gives a file the mode and times of another."""
         with self.at(path) as fid:
             mode = stat.S_IMODE(like.mode)
@@ -368,26 +339,6 @@ class RemoteSide:
         self.unlink(path, directory=True)
 
 
-def _entry(attr: codec.Rgetattr) -> Entry:
-    def time(seconds: int, ns: int) -> int:
-        signed = seconds - (1 << 64) if seconds >> 63 else seconds
-        return signed * 10**9 + ns
-
-    return Entry(
-        attr.mode,
-        attr.uid,
-        attr.gid,
-        attr.nlink,
-        attr.size,
-        attr.blocks,
-        attr.qid.path,
-        attr.rdev,
-        time(attr.atime_sec, attr.atime_nsec),
-        time(attr.mtime_sec, attr.mtime_nsec),
-        time(attr.ctime_sec, attr.ctime_nsec),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Copier:
     """Copies files, or with recursive trees, from one side to another.
@@ -409,7 +360,7 @@ class Copier:
         """
         self._copy(old, self.source.stat(old), new)
 
-    def _copy(self, old: bytes, entry: Entry, new: bytes) -> None:
+    def _copy(self, old: bytes, entry: Attributes, new: bytes) -> None:
         source, target = self.source, self.target
         if entry.is_dir:
             self._copy_directory(old, entry, new)
@@ -423,7 +374,7 @@ class Copier:
         if self.preserve or (entry.is_dir and entry.mode & 0o700 != 0o700):
             target.set_times(new, entry)
 
-    def _copy_directory(self, old: bytes, entry: Entry, new: bytes) -> None:
+    def _copy_directory(self, old: bytes, entry: Attributes, new: bytes) -> None:
         if not self.recursive:
             raise OSError(errno.EISDIR, "is a directory (copy it with -r)", self.source.show(old))
         names = self.source.names(old)  # before the target is made: it may lie inside

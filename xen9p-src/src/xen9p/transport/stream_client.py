@@ -11,8 +11,6 @@ from xen9p.codec import HEADER_SIZE
 from xen9p.errors import ProtocolError
 from xen9p.transport.link import wait_for
 
-_WHENEVER = socket.MSG_DONTWAIT
-
 
 class SocketTransport:
     """Whole messages over a connected stream socket, which it owns. A transport.link.Transport.
@@ -24,6 +22,8 @@ class SocketTransport:
 
     def __init__(self, sock: socket.socket, max_size: int = 64 << 20) -> None:
         self._sock = sock
+        self._timeout = sock.gettimeout()
+        sock.setblocking(False)  # whether to wait is decided here
         self._max_size = max_size
         self._unsent = bytearray()
         self._head = bytearray()  # of the message that is arriving
@@ -55,7 +55,7 @@ class SocketTransport:
 
     def set_timeout(self, seconds: float | None) -> None:
         """Bounds every send and receive from now on; None: they wait for ever."""
-        self._sock.settimeout(seconds)
+        self._timeout = seconds
 
     def fileno(self) -> int:
         """The socket's descriptor."""
@@ -80,7 +80,7 @@ class SocketTransport:
         """Sends what the socket takes now; True if nothing is left."""
         try:
             while self._unsent:
-                sent = self._sock.send(self._unsent, _WHENEVER)
+                sent = self._sock.send(self._unsent)
                 del self._unsent[:sent]
         except BlockingIOError:
             return False
@@ -98,14 +98,14 @@ class SocketTransport:
         """One whole message if it is here; errors as recv()."""
         try:
             while len(self._head) < 4:
-                some = self._sock.recv(4 - len(self._head), _WHENEVER)
+                some = self._sock.recv(4 - len(self._head))
                 self._ended_if(not some, within=bool(self._head))
                 self._head += some
                 if len(self._head) == 4:
                     self._begin(int.from_bytes(self._head, "little"))
             view = memoryview(self._body)
             while self._filled < len(view):
-                count = self._sock.recv_into(view[self._filled :], 0, _WHENEVER)
+                count = self._sock.recv_into(view[self._filled :])
                 self._ended_if(count == 0, within=True)
                 self._filled += count
         except BlockingIOError:
@@ -130,7 +130,7 @@ class SocketTransport:
             raise EOFError("the server closed the connection")
 
     def _deadline(self, timeout: float | None) -> float | None:
-        seconds = self._sock.gettimeout() if timeout is None else timeout
+        seconds = self._timeout if timeout is None else timeout
         return None if seconds is None else time.monotonic() + seconds
 
     def close(self) -> None:

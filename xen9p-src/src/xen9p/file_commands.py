@@ -69,7 +69,7 @@ class _Session:
         try:
             yield
         except BrokenPipeError:
-            raise  # standard output's reader, or the server: main() tells them apart by nothing, both end it
+            raise  # who reads standard output has seen enough; main() knows
         except OSError as error:
             if error.errno in _FATAL:
                 raise Xen9pError(f"the connection is gone: {error.strerror}", errno=error.errno) from error

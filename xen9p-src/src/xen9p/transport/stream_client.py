@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import time
@@ -84,6 +85,8 @@ class SocketTransport:
                 del self._unsent[:sent]
         except BlockingIOError:
             return False
+        except BrokenPipeError:  # not to be taken for the end of who reads our output
+            raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection") from None
         return True
 
     def recv(self, timeout: float | None = None) -> bytes:

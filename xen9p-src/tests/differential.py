@@ -151,7 +151,7 @@ class Twins:
         self.on_path("lstat", lambda path: attributes(os.lstat(path)))
 
     def list(self) -> None:
-        self.on_path("list", lambda path: sorted((e.name, e.is_dir(), e.is_symlink()) for e in os.scandir(path)))
+        self.on_path("list", listing)
 
     def mkdir(self) -> None:
         mode = self.random.choice((0o755, 0o700, 0o2775))
@@ -230,6 +230,11 @@ def attributes(s: os.stat_result) -> tuple[int, ...]:
     """What has to be alike. A directory's size, and times that nobody has set, are the filesystem's business."""
     size = 0 if stat.S_ISDIR(s.st_mode) else s.st_size
     return s.st_mode, s.st_nlink, s.st_uid, s.st_gid, size, s.st_rdev
+
+
+def listing(path: str) -> list[tuple[str, bool, bool]]:
+    with os.scandir(path) as entries:
+        return sorted((e.name, e.is_dir(follow_symlinks=False), e.is_symlink()) for e in entries)
 
 
 def read_whole(path: str) -> bytes:

@@ -219,7 +219,11 @@ def test_a_server_that_goes_ends_the_command(export: Path, tmp_path: Path, capsy
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
-        thread = threading.Thread(target=lambda: listener.accept()[0].close())
+
+        def hang_up() -> None:
+            listener.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up)
         thread.start()
         assert main(["ls", "--unix", str(tmp_path / "socket"), ":a", ":b"]) == 1
         thread.join()

@@ -6,6 +6,7 @@ import errno
 import select
 import socket
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from xen9p.codec import HEADER_SIZE
@@ -135,6 +136,11 @@ class SocketTransport:
     def _deadline(self, timeout: float | None) -> float | None:
         seconds = self._timeout if timeout is None else timeout
         return None if seconds is None else time.monotonic() + seconds
+
+    def shutdown(self) -> None:
+        """Ends the conversation both ways; a recv() that waits in another thread returns."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the socket; twice is allowed."""

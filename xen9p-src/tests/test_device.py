@@ -239,13 +239,8 @@ def test_no_order_of_events_breaks_it(events: list[tuple[str, int | None]]) -> N
         nonlocal workers
         if workers:
             workers = 0
-            match event:
-                case "failed":
-                    do(device.worker_failed("bad"))
-                case "hangup":
-                    do(device.frontend_gone())
-                case _:
-                    do(device.worker_gone(clock))
+            ends = {"failed": lambda: device.worker_failed("bad"), "hangup": device.frontend_gone}
+            do(ends.get(event, lambda: device.worker_gone(clock))())
 
     for event, argument in events:
         clock += 1.0

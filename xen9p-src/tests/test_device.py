@@ -203,6 +203,16 @@ EVENTS = st.lists(
 )
 
 
+def how_it_ends(device: Device, event: str, now: float) -> list[Action]:
+    """Why a worker may be no more."""
+    match event:
+        case "failed":
+            return device.worker_failed("bad")
+        case "hangup":
+            return device.frontend_gone()
+    return device.worker_gone(now)
+
+
 @given(EVENTS)
 @settings(max_examples=400)
 def test_no_order_of_events_breaks_it(events: list[tuple[str, int | None]]) -> None:
@@ -239,8 +249,7 @@ def test_no_order_of_events_breaks_it(events: list[tuple[str, int | None]]) -> N
         nonlocal workers
         if workers:
             workers = 0
-            ends = {"failed": lambda: device.worker_failed("bad"), "hangup": device.frontend_gone}
-            do(ends.get(event, lambda: device.worker_gone(clock))())
+            do(how_it_ends(device, event, clock))
 
     for event, argument in events:
         clock += 1.0

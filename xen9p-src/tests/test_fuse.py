@@ -168,6 +168,26 @@ def test_the_timed_cache_asks_again_when_it_is_time(export: Path, tmp_path: Path
         assert (export / "f").read_bytes() == b"newtwo"
 
 
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDWR | os.O_APPEND])
+def test_the_timed_cache_knows_what_has_been_written(export: Path, tmp_path: Path, flags: int) -> None:
+    content = bytearray(os.urandom(300_000))
+    (export / "f").write_bytes(content)
+    with mounted(export, tmp_path, "--cache", "timed", "--cache-seconds", "30") as here:
+        fd = os.open(here / "f", flags)
+        assert os.pread(fd, 400_000, 0) == content
+        os.pwrite(fd, b"new", 140_000)
+        if flags & os.O_APPEND:
+            content += b"new"
+        else:
+            content[140_000:140_003] = b"new"
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # the kernel's pages are not what is asked here
+        assert os.pread(fd, 400_000, 0) == content
+        os.ftruncate(fd, 150_000)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(fd, 400_000, 0) == content[:150_000]
+        os.close(fd)
+
+
 def test_a_read_only_mount(export: Path, tmp_path: Path) -> None:
     with mounted(export, tmp_path, "--ro") as here, pytest.raises(OSError, match="Read-only"):
         (here / "f").touch()

@@ -51,6 +51,22 @@ PYTHON = python_with_pyfuse3()
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"this machine lacks {missing()}")
 
 
+STARTED: list[tuple[subprocess.Popen[bytes], Path]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """A test that fails leaves no mount behind."""
+    yield
+    for process, directory in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+        if os.path.ismount(directory):
+            subprocess.run(["umount", "-l", directory], check=False)
+    STARTED.clear()
+
+
 def start(server: Path, directory: Path, *options: str) -> subprocess.Popen[bytes]:
     """Mounts in the foreground; returns when it is mounted, or has ended."""
     directory.mkdir(exist_ok=True)
@@ -58,6 +74,7 @@ def start(server: Path, directory: Path, *options: str) -> subprocess.Popen[byte
     command = [PYTHON, "-c", COMMAND, "mount", "-f", "--unix", str(server), str(directory), *options]
     path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
+    STARTED.append((process, directory))
     deadline = time.monotonic() + 20
     while not os.path.ismount(directory) and process.poll() is None:
         assert time.monotonic() < deadline, "not mounted within 20 s"

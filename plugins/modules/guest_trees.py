@@ -55,6 +55,9 @@ options:
     elements: str
     default: []
     description: [Guests whose trees are thrown away and cloned anew. They must be shut down.]
+  client:
+    type: path
+    description: [The prefix of xen9p on this host. The guests get its package and a command C(xen9p).]
 author: [xen9p]
 """
 EXAMPLES = r"""
@@ -74,6 +77,15 @@ host_keys: {type: dict, returned: always, description: Public ssh host key of ea
 
 # Names a machine without disclosing the host's own id.
 NAMESPACE = uuid.UUID("5b7d3d0e-9d5c-4a53-8f0e-6c1f0a2c9b9e")
+
+
+CLIENT_COMMAND = b"""#!/usr/bin/python3
+import sys
+
+from xen9p.cli import main
+
+sys.exit(main())
+"""
 
 
 class TreeError(Exception):
@@ -165,6 +177,7 @@ class Trees:
         self.golden = self.store / "golden" / self.identity
         self.kernel = self.boot / self.identity
         self.keys = authorized_keys(given["authorized_keys"], given["host_authorized_keys"])
+        self.client = client_files(Path(given["client"])) if given.get("client") else {}
         self.dry = dry
         self.actions: list[str] = []
         self.host_keys: dict[str, str] = {}
@@ -252,6 +265,18 @@ class Trees:
             if self.act(f"{name}: {path}"):
                 tree.write(path, text.encode(), mode)
 
+    def install_client(self, name: str) -> None:
+        """Give the guest the host's xen9p: both are the same Debian, so the compiled part fits."""
+        tree = Beneath(self.store / "guests" / name)
+        missing = [
+            path
+            for path, (content, mode) in self.client.items()
+            if not (tree.root.is_dir() and tree.same(path, content, mode))
+        ]
+        if missing and self.act(f"{name}: xen9p ({len(missing)} files)"):
+            for path in missing:
+                tree.write(path, *self.client[path])
+
     def configure(self, name: str, config: str, autostart: bool) -> None:
         path = Path("/etc/xen") / f"{name}.cfg"
         if not (path.is_file() and path.read_text() == config) and self.act(f"write {path}"):
@@ -265,6 +290,20 @@ class Trees:
             link.symlink_to(f"../{path.name}")
         if not autostart and link.is_symlink() and self.act(f"do not start {name} with the host"):
             link.unlink()
+
+
+def client_files(prefix: Path) -> dict[str, tuple[bytes, int]]:
+    """Path in a guest's tree -> content and mode, for xen9p as it is installed below *prefix*; {} if it is not."""
+    files: dict[str, tuple[bytes, int]] = {}
+    for package in prefix.glob("lib/python3*/site-packages/xen9p"):
+        python = package.parents[1].name
+        for path in sorted(package.rglob("*")):
+            if path.is_file() and path.suffix in (".py", ".so"):
+                where = path.relative_to(package.parent)
+                files[f"/usr/local/lib/{python}/dist-packages/{where}"] = (path.read_bytes(), 0o644)
+    if files:
+        files["/usr/local/bin/xen9p"] = (CLIENT_COMMAND, 0o755)
+    return files
 
 
 def resolver() -> str:
@@ -305,6 +344,7 @@ def main() -> None:
             "authorized_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "host_authorized_keys": {"type": "bool", "default": True, "no_log": False},
             "rebuild": {"type": "list", "elements": "str", "default": []},
+            "client": {"type": "path"},
         },
         supports_check_mode=True,
     )
@@ -321,6 +361,7 @@ def main() -> None:
             for guest in given["guests"]:
                 trees.clone(guest["name"], guest["name"] in given["rebuild"])
                 trees.identify(guest["name"], guest["files"])
+                trees.install_client(guest["name"])
                 trees.configure(guest["name"], guest["config"], guest["autostart"])
     except (TreeError, OSError) as error:
         module.fail_json(msg=f"guests: {error}", actions=trees.actions)

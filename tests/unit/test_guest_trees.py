@@ -99,3 +99,27 @@ def test_half_a_host_key_is_made_anew(trees: ModuleType, tmp_path: Path, lost: s
     key = tmp_path / "state" / "g1" / "ssh_host_ed25519_key"
     derived = subprocess.run(["ssh-keygen", "-y", "-f", key], capture_output=True, text=True, check=True).stdout
     assert pair["/etc/ssh/ssh_host_ed25519_key.pub"][0].split()[:2] == derived.split()[:2]
+
+
+def test_a_guest_gets_the_hosts_xen9p(trees: ModuleType, tmp_path: Path) -> None:
+    package = tmp_path / "opt/lib/python3.11/site-packages/xen9p"
+    (package / "transport").mkdir(parents=True)
+    (package / "__pycache__").mkdir()
+    for name in ("cli.py", "_dataplane.abi3.so", "transport/memory.py", "__pycache__/cli.pyc"):
+        (package / name).write_bytes(name.encode())
+    root = tmp_path / "store" / "guests" / "g1"
+    root.mkdir(parents=True)
+    options = {**given(tmp_path), "client": str(tmp_path / "opt")}
+    first = trees.Trees(options, dry=False)
+    first.install_client("g1")
+    assert first.actions == ["g1: xen9p (4 files)"]
+    there = root / "usr/local/lib/python3.11/dist-packages/xen9p"
+    assert (there / "transport" / "memory.py").read_bytes() == b"transport/memory.py"
+    assert not (there / "__pycache__").exists()
+    assert stat.S_IMODE((root / "usr/local/bin/xen9p").stat().st_mode) == 0o755
+    (package / "cli.py").write_bytes(b"newer")
+    again = trees.Trees(options, dry=False)
+    again.install_client("g1")
+    assert again.actions == ["g1: xen9p (1 files)"]
+    assert (there / "cli.py").read_bytes() == b"newer"
+    assert trees.Trees({**given(tmp_path), "client": str(tmp_path / "nowhere")}, dry=False).client == {}

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,3 +105,33 @@ def socket_session(path: Path, readonly: bool = False, limits: Limits | None = N
 
 
 OPENERS: dict[str, Callable[..., object]] = {"memory": memory_session, "socket": socket_session}
+
+
+@contextmanager
+def serve_unix(path: Path, where: Path) -> Iterator[Path]:
+    """Serves path on a Unix socket to any number of clients, each with a device of its own."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(where))
+    listener.listen()
+    devices: list[tuple[Served, socket.socket]] = []
+
+    def accept() -> None:
+        with suppress(OSError):  # the listener is shut down
+            while True:
+                stream, _ = listener.accept()
+                served = Served(path)
+                served.device.add_stream(stream)
+                served.start()
+                devices.append((served, stream))
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    try:
+        yield where
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        listener.close()
+        for served, stream in devices:
+            served.close()
+            stream.close()

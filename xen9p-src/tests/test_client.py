@@ -31,8 +31,21 @@ class Script:
         assert msg == expected
         self.replies.append(codec.encode(reply, tag))
 
-    def recv(self) -> bytes:
+    def post(self, data: bytes) -> bool:
+        self.send(data)
+        return True
+
+    def recv(self, timeout: float | None = None) -> bytes:
         return self.replies.pop(0)
+
+    def poll(self) -> bytes | None:
+        return self.replies.pop(0) if self.replies else None
+
+    def flush(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return -1
 
     def close(self) -> None:
         self.closed = True
@@ -115,7 +128,7 @@ def test_replies_that_lie(request_: Message, reply: Message) -> None:
 
 def test_a_reply_to_another_request_is_refused() -> None:
     class Confused(Script):
-        def recv(self) -> bytes:
+        def recv(self, timeout: float | None = None) -> bytes:
             return codec.encode(codec.decode(super().recv())[1], 999)
 
     with pytest.raises(ProtocolError, match="tag"):

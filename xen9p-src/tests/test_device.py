@@ -72,6 +72,23 @@ def test_a_frontend_that_begins_anew() -> None:
     assert device.frontend_state(S.INITIALISED) == [ReadRings()]
 
 
+def test_a_frontend_in_user_space_that_died_leaves_a_device_for_the_next() -> None:
+    device = serving()
+    assert doing(device.frontend_gone()) == [Publish(S.CLOSING)]
+    assert device.frontend_state(S.CONNECTED) == []  # what it left in XenStore
+    assert device.frontend_state(S.INITIALISING) == [Publish(S.INIT_WAIT)]
+    assert device.phase is Phase.WAITING
+    assert device.frontend_state(S.INITIALISED) == [ReadRings()]
+
+
+def test_a_frontend_in_user_space_that_died_while_it_closed() -> None:
+    device = serving()
+    device.frontend_state(S.CLOSING)
+    assert device.frontend_gone() == [Publish(S.CLOSING)]
+    assert device.phase is Phase.CLOSED
+    assert device.frontend_gone() == []
+
+
 def test_a_frontend_that_jumps_to_closed() -> None:
     device = serving()
     device.frontend_state(S.CLOSED)
@@ -178,10 +195,22 @@ def test_taking_over() -> None:
 EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("frontend_state"), st.sampled_from([None, -1, 0, 1, 2, 3, 4, 5, 6, 7, 99])),
-        st.sampled_from(["detach", "domain_gone", "crash", "failed", "ready", "timer"]).map(lambda e: (e, None)),
+        st.sampled_from(["detach", "domain_gone", "crash", "failed", "hangup", "ready", "timer"]).map(
+            lambda e: (e, None)
+        ),
     ),
     max_size=60,
 )
+
+
+def how_it_ends(device: Device, event: str, now: float) -> list[Action]:
+    """Why a worker may be no more."""
+    match event:
+        case "failed":
+            return device.worker_failed("bad")
+        case "hangup":
+            return device.frontend_gone()
+    return device.worker_gone(now)
 
 
 @given(EVENTS)
@@ -220,13 +249,13 @@ def test_no_order_of_events_breaks_it(events: list[tuple[str, int | None]]) -> N
         nonlocal workers
         if workers:
             workers = 0
-            do(device.worker_failed("bad") if event == "failed" else device.worker_gone(clock))
+            do(how_it_ends(device, event, clock))
 
     for event, argument in events:
         clock += 1.0
         if event == "frontend_state":
             do(device.frontend_state(argument))
-        elif event in ("crash", "failed"):
+        elif event in ("crash", "failed", "hangup"):
             end_worker(event)
         elif event == "ready" and workers:
             do(device.worker_ready())

@@ -52,6 +52,14 @@ def test_what_a_guest_gets() -> None:
     assert got.resolve("xg1", other) == []
 
 
+def test_who_serves_the_guests_end() -> None:
+    text = 'version=1\n[exports.a]\npath="/a"\n[[rules]]\nguest="g"\nexport="a"\n'
+    assert policy.parse(text).resolve("g", "")[0].frontend == "kernel"
+    assert policy.parse(text + 'frontend="user"\n').resolve("g", "")[0].frontend == "user"
+    with pytest.raises(PolicyError, match='frontend is \'both\' \\(write "kernel" or "user"\\)'):
+        policy.parse(text + 'frontend="both"\n')
+
+
 def test_overlapping_patterns_give_the_first() -> None:
     text = 'version=1\n[exports.a]\npath="/a"\n[exports.b]\npath="/b"\n'
     text += '[[rules]]\nguest="g*"\nexport="a"\ntag="t"\n[[rules]]\nguest="*1"\nexport="b"\ntag="t"\n'

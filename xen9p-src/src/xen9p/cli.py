@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from xen9p import __version__, control, policy
+from xen9p import __version__, control, file_options, policy
 from xen9p.errors import Xen9pError
 
 EXIT_USAGE: Final = 2
@@ -84,7 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     where = serve.add_mutually_exclusive_group(required=True)
     where.add_argument("--unix", metavar="PATH", help="listen on a Unix socket")
-    where.add_argument("--tcp", metavar="HOST:PORT", type=_host_port, help="listen on a TCP port")
+    where.add_argument("--tcp", metavar="HOST:PORT", type=file_options.host_port, help="listen on a TCP port")
+    file_options.add(commands)
     return top
 
 
@@ -165,13 +166,6 @@ def _runtime(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _host_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host.strip("[]") or "127.0.0.1", int(port)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if all is well, 1 if it failed, 2 for wrong usage, 78 for a bad policy."""
     args = build_parser().parse_args(argv)
@@ -217,6 +211,14 @@ def _run(args: argparse.Namespace) -> int:
             return _trace(args)
         case "serve":
             return _serve(args)
+        case "mount":
+            from xen9p.mount import run as mount  # noqa: PLC0415
+
+            return mount(args)
+        case command if command in file_options.NAMES:
+            from xen9p.file_commands import run as work_on_files  # noqa: PLC0415
+
+            return work_on_files(args)
     return 0
 
 

@@ -1,32 +1,73 @@
-"""A small synchronous 9P2000.L client over any transport: one request at a time, errors as OSError.
+"""A synchronous 9P2000.L client over any transport, for one thread: errors as OSError, and requests side by side.
 
-Methods named after a message send that message and return its reply's content. Fids are plain ints that
-the client hands out; whoever got one from attach() or walk() clunks it. The helpers at the end take paths.
+Methods named after a message send that message and return its reply's content. submit() sends without waiting;
+replies may come in any order. Fids are plain ints that the client hands out; whoever got one from attach() or walk()
+clunks it. The helpers at the end take paths. The client for asyncio is async_client.py.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from xen9p import codec
+from xen9p import codec, requests
 from xen9p.codec import Dirent, Message, Qid
-from xen9p.errors import ProtocolError
+from xen9p.errors import ProtocolError, Xen9pError
+from xen9p.requests import DEFAULT_MSIZE, WINDOW, split
+from xen9p.transport.link import Transport
 
-DEFAULT_MSIZE = 512 * 1024
+__all__ = ["DEFAULT_MSIZE", "Client", "Pending", "Transport", "split"]
 
 R = TypeVar("R", bound=Message)
 
 
-class Transport(Protocol):
-    """What carries whole messages; transport.stream_client, transport.memory and others are such."""
+class Pending(Generic[R]):
+    """A request that is under way."""
 
-    def send(self, data: bytes, /) -> None: ...
-    def recv(self) -> bytes: ...
-    def close(self) -> None: ...
+    def __init__(self, client: Client, tag: int, request: type[Message], wanted: type[R]) -> None:
+        self.tag = tag
+        self._client = client
+        self._request = request
+        self._wanted = wanted
+        self._reply: Message | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the reply is here."""
+        return self._reply is not None
+
+    def arrived(self, reply: Message) -> None:
+        """Takes the reply; the client calls this."""
+        self._reply = reply
+
+    def result(self, timeout: float | None = None) -> R:
+        """Waits for the reply, at most so many seconds; None for as long as the transport waits.
+
+        Raises:
+            OSError: the server answered with an errno.
+            TimeoutError: no reply in time; the request has been flushed and will have no effect that is not there yet.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._reply is None:
+            try:
+                self._client.receive(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                if timeout is None:
+                    raise
+                if self.cancel():
+                    raise TimeoutError(f"{self._request.__name__}: no reply within {timeout:g} s") from None
+        return requests.fitting(self._request, self._reply, self._wanted)
+
+    def cancel(self) -> bool:
+        """Asks the server to give up the request (Tflush). False if its reply came first: result() has it."""
+        if self._reply is None:
+            self._client.flush(self.tag)
+            self._client.forget(self.tag)
+        return self._reply is None
 
 
 class Client:
@@ -41,8 +82,8 @@ class Client:
         self.transport = transport
         self.msize = msize
         self._next_tag = 0
-        self._next_fid = 0
-        self._free_fids: list[int] = []
+        self._fids = requests.Fids()
+        self._waiting: dict[int, Pending[Message]] = {}
 
     @classmethod
     def connect(cls, transport: Transport, aname: bytes = b"", msize: int = DEFAULT_MSIZE) -> tuple[Client, int]:
@@ -63,22 +104,43 @@ class Client:
 
     # Requests in general.
 
+    def submit(self, msg: Message, wanted: type[R], tag: int | None = None) -> Pending[R]:
+        """Sends a request and does not wait for its reply. While there is no room to send, replies are taken in."""
+        tag = self._new_tag() if tag is None else tag
+        data = codec.encode(msg, tag)
+        if self._waiting:
+            while not self.transport.post(data):
+                self.receive()
+        else:
+            self.transport.send(data)
+        pending = Pending(self, tag, type(msg), wanted)
+        self._waiting[tag] = pending  # type: ignore[assignment]
+        return pending
+
+    def _new_tag(self) -> int:
+        if len(self._waiting) >= codec.NOTAG:
+            raise Xen9pError(f"{codec.NOTAG} requests are under way", hint="wait for some of them")
+        tag = self._next_tag
+        while tag in self._waiting:
+            tag = (tag + 1) % codec.NOTAG
+        self._next_tag = (tag + 1) % codec.NOTAG
+        return tag
+
+    def receive(self, timeout: float | None = None) -> None:
+        """Waits for one reply and hands it to its request. Seconds; None for as long as the transport waits."""
+        tag, reply = codec.decode(self.transport.recv() if timeout is None else self.transport.recv(timeout))
+        pending = self._waiting.pop(tag, None)
+        if pending is None:
+            raise ProtocolError(f"{type(reply).__name__} has tag {tag}, no request with it is under way")
+        pending.arrived(reply)
+
+    def forget(self, tag: int) -> None:
+        """After Rflush: the tag is free, its reply will never come."""
+        self._waiting.pop(tag, None)
+
     def rpc(self, msg: Message, tag: int | None = None) -> Message:
         """Sends a request and returns its reply, or raises the Rlerror's errno as OSError."""
-        if tag is None:
-            tag = self._next_tag
-            self._next_tag = (tag + 1) % codec.NOTAG
-        self.transport.send(codec.encode(msg, tag))
-        got, reply = codec.decode(self.transport.recv())
-        if got != tag:
-            raise ProtocolError(f"{codec.message_name(msg.type)} had tag {tag}, its reply has {got}")
-        if isinstance(reply, codec.Rlerror):
-            name = codec.message_name(msg.type)
-            raise OSError(reply.ecode, f"{name}: {os.strerror(reply.ecode)}")
-        if reply.type != msg.type + 1:
-            name, other = codec.message_name(msg.type), codec.message_name(reply.type)
-            raise ProtocolError(f"{name} was answered with {other}")
-        return reply
+        return self._call(msg, codec.MESSAGES[msg.type + 1], tag)
 
     def send_raw(self, data: bytes) -> None:
         """Sends bytes as they are, right or wrong; the reply, if one comes, is for recv_raw()."""
@@ -89,33 +151,23 @@ class Client:
         return self.transport.recv()
 
     def _call(self, msg: Message, reply: type[R], tag: int | None = None) -> R:
-        got = self.rpc(msg, tag)
-        if not isinstance(got, reply):
-            raise ProtocolError(f"{codec.message_name(msg.type)} was answered with {type(got).__name__}")
-        return got
+        return self.submit(msg, reply, tag).result()
 
     def new_fid(self) -> int:
         """A fid that is not in use."""
-        if self._free_fids:
-            return self._free_fids.pop()
-        self._next_fid += 1
-        return self._next_fid - 1
+        return self._fids.take()
 
-    def _release(self, fid: int) -> None:
-        self._free_fids.append(fid)
+    def release(self, fid: int) -> None:
+        """A fid of new_fid() did not come to be, or the server has forgotten it."""
+        self._fids.give(fid)
 
     # One method a message.
 
     def version(self, version: bytes = codec.VERSION) -> int:
         """Agrees on 9P2000.L and returns the msize in bytes; forgets every fid."""
         reply = self._call(codec.Tversion(self.msize, version), codec.Rversion, codec.NOTAG)
-        if reply.version != codec.VERSION:
-            raise ProtocolError(f"the server speaks {reply.version!r}, not {codec.VERSION!r}")
-        if reply.msize > self.msize:
-            raise ProtocolError(f"the server raised msize from {self.msize} to {reply.msize}")
-        self.msize = reply.msize
-        self._next_fid = 0
-        self._free_fids.clear()
+        self.msize = requests.check_version(reply, self.msize)
+        self._fids.forget()
         return self.msize
 
     def auth(self, uname: bytes = b"", aname: bytes = b"", n_uname: int = 0) -> int:
@@ -124,7 +176,7 @@ class Client:
         try:
             self._call(codec.Tauth(afid, uname, aname, n_uname), codec.Rauth)
         except BaseException:
-            self._release(afid)
+            self.release(afid)
             raise
         return afid
 
@@ -134,7 +186,7 @@ class Client:
         try:
             self._call(codec.Tattach(fid, afid, uname, aname, n_uname), codec.Rattach)
         except BaseException:
-            self._release(fid)
+            self.release(fid)
             raise
         return fid
 
@@ -148,30 +200,21 @@ class Client:
         try:
             self._walk_to(fid, newfid, names)
         except BaseException:
-            self._release(newfid)
+            self.release(newfid)
             raise
         return newfid
 
     def _walk_to(self, fid: int, newfid: int, names: tuple[bytes, ...]) -> None:
-        first, rest = names[: codec.MAX_WALK], names[codec.MAX_WALK :]
-        self._walk_some(fid, newfid, first)
+        here = fid
         try:
-            while rest:
-                first, rest = rest[: codec.MAX_WALK], rest[codec.MAX_WALK :]
-                self._walk_some(newfid, newfid, first)
+            for step in requests.walk_steps(names):
+                requests.check_walk(step, self._call(codec.Twalk(here, newfid, step), codec.Rwalk).wqids)
+                here = newfid
         except BaseException:
-            with suppress(OSError):
-                self._call(codec.Tclunk(newfid), codec.Rclunk)
+            if here != fid:
+                with suppress(OSError):
+                    self._call(codec.Tclunk(newfid), codec.Rclunk)
             raise
-
-    def _walk_some(self, fid: int, newfid: int, names: tuple[bytes, ...]) -> tuple[Qid, ...]:
-        qids = self._call(codec.Twalk(fid, newfid, names), codec.Rwalk).wqids
-        if len(qids) > len(names):
-            raise ProtocolError(f"Rwalk has {len(qids)} qids for {len(names)} names")
-        if len(qids) < len(names):
-            # The server stopped on the way: newfid does not exist.
-            raise FileNotFoundError(errno.ENOENT, "Twalk: No such file or directory", os.fsdecode(names[len(qids)]))
-        return qids
 
     def lopen(self, fid: int, flags: int = os.O_RDONLY) -> int:
         """Opens fid with the flags of open(2); returns the iounit in bytes, 0 for as much as fits."""
@@ -184,41 +227,32 @@ class Client:
     def read(self, fid: int, offset: int, count: int) -> bytes:
         """One Tread: at most count bytes and at most what a message holds; b"" at the end."""
         count = min(count, self.msize - codec.READ_OVERHEAD)
-        data = self._call(codec.Tread(fid, offset, count), codec.Rread).data
-        if len(data) > count:
-            raise ProtocolError(f"Rread has {len(data)} bytes, {count} were asked for")
-        return data
+        return requests.check_read(self._call(codec.Tread(fid, offset, count), codec.Rread).data, count, "Rread")
 
     def write(self, fid: int, offset: int, data: bytes) -> int:
         """One Twrite: as much of data as a message holds; returns how many bytes were written."""
         data = data[: self.msize - codec.WRITE_OVERHEAD]
-        count = self._call(codec.Twrite(fid, offset, data), codec.Rwrite).count
-        if count > len(data):
-            raise ProtocolError(f"Rwrite says {count} bytes, {len(data)} were sent")
-        return count
+        return requests.check_written(self._call(codec.Twrite(fid, offset, data), codec.Rwrite), len(data))
 
     def readdir(self, fid: int, offset: int = 0, count: int | None = None) -> list[Dirent]:
         """One Treaddir: entries from offset on, at most count bytes of them; [] at the end."""
         most = self.msize - codec.READ_OVERHEAD
         count = most if count is None else min(count, most)
-        data = self._call(codec.Treaddir(fid, offset, count), codec.Rreaddir).data
-        if len(data) > count:
-            raise ProtocolError(f"Rreaddir has {len(data)} bytes, {count} were asked for")
-        return list(codec.decode_dirents(data))
+        return requests.check_dirents(self._call(codec.Treaddir(fid, offset, count), codec.Rreaddir), count)
 
     def clunk(self, fid: int) -> None:
         """Gives the fid back; it is free even if the server reports an error."""
         try:
             self._call(codec.Tclunk(fid), codec.Rclunk)
         finally:
-            self._release(fid)
+            self.release(fid)
 
     def remove(self, fid: int) -> None:
         """Removes the file and clunks the fid, also if the removal fails."""
         try:
             self._call(codec.Tremove(fid), codec.Rremove)
         finally:
-            self._release(fid)
+            self.release(fid)
 
     def getattr(self, fid: int, mask: int = codec.GETATTR_BASIC) -> codec.Rgetattr:
         """The attributes in mask (GETATTR_*)."""
@@ -236,18 +270,9 @@ class Client:
         mtime_ns: int | None = None,
     ) -> None:
         """Sets what is given: mode bits, owner, group, size in bytes, times in ns since 1970."""
-        valid = 0
-        for value, bit in (
-            (mode, codec.SETATTR_MODE),
-            (uid, codec.SETATTR_UID),
-            (gid, codec.SETATTR_GID),
-            (size, codec.SETATTR_SIZE),
-            (atime_ns, codec.SETATTR_ATIME | codec.SETATTR_ATIME_SET),
-            (mtime_ns, codec.SETATTR_MTIME | codec.SETATTR_MTIME_SET),
-        ):
-            valid |= bit if value is not None else 0
-        atime, mtime = divmod(atime_ns or 0, 10**9), divmod(mtime_ns or 0, 10**9)
-        msg = codec.Tsetattr(fid, valid, mode or 0, uid or 0, gid or 0, size or 0, *atime, *mtime)
+        msg = requests.setattr_message(
+            fid, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns
+        )
         self._call(msg, codec.Rsetattr)
 
     def statfs(self, fid: int) -> codec.Rstatfs:
@@ -324,7 +349,7 @@ class Client:
         try:
             size = self._call(codec.Txattrwalk(fid, newfid, name), codec.Rxattrwalk).size
         except BaseException:
-            self._release(newfid)
+            self.release(newfid)
             raise
         return newfid, size
 
@@ -349,22 +374,72 @@ class Client:
             self.lopen(file, os.O_RDONLY)
             return b"".join(self.read_all(file))
 
-    def read_all(self, fid: int) -> Iterator[bytes]:
-        """An open file's content in pieces, from its start."""
-        offset = 0
-        while data := self.read(fid, offset, self.msize):
-            yield data
-            offset += len(data)
+    def read_all(self, fid: int, offset: int = 0, iounit: int = 0) -> Iterator[bytes]:
+        """An open file's content in pieces from offset on, several reads under way at a time.
+
+        Args:
+            iounit: what lopen() said; the bytes that the server prefers in one read.
+        """
+        size = requests.chunk(self.msize, iounit, codec.READ_OVERHEAD)
+        ahead: deque[tuple[int, Pending[codec.Rread]]] = deque()
+        window = 1
+        try:
+            while True:
+                while len(ahead) < window:
+                    ahead.append((offset, self.submit(codec.Tread(fid, offset, size), codec.Rread)))
+                    offset += size
+                window = min(2 * window, WINDOW)  # a short file costs no more than it has to
+                at, pending = ahead.popleft()
+                end = at + size
+                data = requests.check_read(pending.result().data, size, "Rread")
+                while data:
+                    yield data
+                    at += len(data)
+                    if at == end:
+                        break
+                    data = self.read(fid, at, end - at)  # less than asked for is no end of the file yet
+                else:
+                    return
+        finally:
+            for _, pending in ahead:
+                with suppress(OSError, EOFError, Xen9pError):
+                    pending.result()
+
+    def write_stream(self, fid: int, offset: int, pieces: Iterable[bytes], iounit: int = 0) -> int:
+        """Writes pieces one after the other from offset on, several writes under way at a time.
+
+        Returns the bytes written. After an error some pieces behind the one that failed may be written too.
+        """
+        size = requests.chunk(self.msize, iounit)
+        ahead: deque[tuple[int, bytes, Pending[codec.Rwrite]]] = deque()
+        began = offset
+
+        def finish() -> None:
+            at, part, pending = ahead.popleft()
+            done = requests.check_written(pending.result(), len(part))
+            while done < len(part):
+                done += self.write(fid, at + done, part[done:])
+
+        try:
+            for piece in pieces:
+                view = memoryview(piece)
+                for start in range(0, len(view), size):
+                    part = bytes(view[start : start + size])
+                    if len(ahead) >= WINDOW:
+                        finish()
+                    ahead.append((offset, part, self.submit(codec.Twrite(fid, offset, part), codec.Rwrite)))
+                    offset += len(part)
+            while ahead:
+                finish()
+        finally:
+            for _, _, pending in ahead:
+                with suppress(OSError, EOFError, Xen9pError):
+                    pending.result()
+        return offset - began
 
     def write_all(self, fid: int, offset: int, data: bytes) -> None:
         """Writes all of data to an open file, in as many messages as it takes."""
-        view = memoryview(data)
-        while view:
-            count = self.write(fid, offset, bytes(view[: self.msize]))
-            if count == 0:
-                raise OSError(errno.EIO, "Twrite: the server wrote nothing")
-            offset += count
-            view = view[count:]
+        self.write_stream(fid, offset, (data,))
 
     def write_file(self, fid: int, path: str | bytes, data: bytes, mode: int = 0o644) -> None:
         """Makes path a file with just this content; creates it if it is not there."""
@@ -400,9 +475,3 @@ class Client:
         """The attributes of what lies at path."""
         with self.walked(fid, path) as file:
             return self.getattr(file)
-
-
-def split(path: str | bytes) -> list[bytes]:
-    """The components of a path; empty ones and '.' drop out."""
-    raw = os.fsencode(path)
-    return [name for name in raw.split(b"/") if name not in (b"", b".")]

@@ -212,6 +212,15 @@ class Device:
             return self._stopped()
         return self.violation(reason)
 
+    def frontend_gone(self) -> Actions:
+        """The worker ended because a frontend in user space did, without a word; its state in XenStore is old."""
+        self._worker = False
+        if self.phase is Phase.STOPPING:
+            return self._stopped()
+        if self.phase in (Phase.STARTING, Phase.CONNECTED):
+            return [Log("info", "frontend ended without closing"), *self._stop()]
+        return []
+
     def worker_gone(self, now: float, reason: str = "died") -> Actions:
         """The worker is no more: it stopped as asked, or it crashed. now is in monotonic seconds."""
         self._worker = False

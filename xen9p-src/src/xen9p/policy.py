@@ -9,6 +9,7 @@ export = "home"
 tag = "home"        # default: the export's name
 access = "ro"       # or "rw"; default "ro"
 attach = "auto"     # or "manual"; default "auto"
+frontend = "kernel" # or "user": for xen9p in the guest, not for its kernel; default "kernel"
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Rule:
     tag: str
     readonly: bool
     auto: bool
+    frontend: str = "kernel"
 
     def matches(self, guest_name: str, uuid: str) -> bool:
         """Whether the rule speaks of this guest."""
@@ -75,6 +77,8 @@ class Grant:
     tag: str
     readonly: bool
     auto: bool
+    frontend: str = "kernel"
+    """Who serves the guest's end: "kernel" (v9fs) or "user" (our own client)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ class Policy:
         for rule in self.rules:
             if rule.matches(guest_name, uuid) and rule.tag not in grants:
                 path = self.exports[rule.export].path
-                grants[rule.tag] = Grant(rule.export, path, rule.tag, rule.readonly, rule.auto)
+                grants[rule.tag] = Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, rule.frontend)
         return list(grants.values())
 
 
@@ -220,7 +224,7 @@ class _Parser:
             self.problems.append(f"{where} is not a table (write [[rules]])")
             return None
         before = len(self.problems)
-        self._known(table, where, ("guest", "uuid", "export", "tag", "access", "attach"))
+        self._known(table, where, ("guest", "uuid", "export", "tag", "access", "attach", "frontend"))
         guest, uuid = self._subject(table, where)
         export = self._string(table, "export", where)
         if export is not None and export not in exports:
@@ -231,9 +235,10 @@ class _Parser:
             self.problems.append(f'{where}: bad tag "{tag}" ({_NAME_HELP})')
         access = self._choice(table, "access", where, ("ro", "rw"))
         attach = self._choice(table, "attach", where, ("auto", "manual"))
+        frontend = self._choice(table, "frontend", where, ("kernel", "user"))
         if len(self.problems) > before or export is None or tag is None:
             return None
-        return Rule(guest, uuid, export, tag, access == "ro", attach == "auto")
+        return Rule(guest, uuid, export, tag, access == "ro", attach == "auto", frontend)
 
     def _subject(self, table: dict[str, Any], where: str) -> tuple[str | None, str | None]:
         if ("guest" in table) == ("uuid" in table):

@@ -7,6 +7,7 @@ with one guest is logged once and stays with that guest.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -71,6 +72,11 @@ class Managed:
         """What the journal can be asked for."""
         who = self.owner.id
         return journal.fields(who.name, who.domid, self.devid, self.grant.tag, self.grant.export)
+
+    @property
+    def front(self) -> str:
+        """The frontend's directory in XenStore."""
+        return xenbus.frontend_path(self.owner.id.domid, self.devid, self.grant.frontend)
 
     def say(self, level: str, text: str) -> None:
         """One log line about this device."""
@@ -256,12 +262,10 @@ class Supervisor:
         return managed
 
     def _watch(self, managed: Managed) -> None:
-        front = xenbus.frontend_path(managed.owner.id.domid, managed.devid)
-        self.store.watch(f"{front}/state", managed.token)
+        self.store.watch(f"{managed.front}/state", managed.token)
 
     def _unwatch(self, managed: Managed) -> None:
-        front = xenbus.frontend_path(managed.owner.id.domid, managed.devid)
-        self.store.unwatch(f"{front}/state", managed.token)
+        self.store.unwatch(f"{managed.front}/state", managed.token)
 
     def _find(self, token: str) -> Managed | None:
         domid, _, devid = token.partition("/")
@@ -296,7 +300,7 @@ class Supervisor:
     def _look(self, managed: Managed) -> None:
         managed.dirty = False
         who = managed.owner.id
-        state = xenbus.state(self.store, xenbus.frontend_path(who.domid, managed.devid))
+        state = xenbus.state(self.store, managed.front)
         if state is None and xenbus.uuid_of(self.store, who.domid) != who.uuid:
             self.rescan()
             return
@@ -326,7 +330,7 @@ class Supervisor:
 
     def _read_rings(self, managed: Managed) -> None:
         try:
-            rings = xenbus.read_rings(self.store, managed.owner.id.domid, managed.devid)
+            rings = xenbus.read_rings(self.store, managed.front)
         except ViolationError as error:
             self._perform(managed, managed.machine.violation(error.message))
         else:
@@ -409,7 +413,9 @@ class Supervisor:
                 if last == "failed":  # asked to map, the next one fails the same way, and then it counts
                     managed.say("warning", f"its worker could not get ready: {reason}")
                 return
-            if last in ("failed", "ended"):
+            if last == "hangup":
+                actions = machine.frontend_gone()
+            elif last in ("failed", "ended"):
                 actions = machine.worker_failed(reason)
             elif last == "stopped" and machine.phase is not Phase.STOPPING:
                 actions = machine.worker_gone(time.monotonic(), "stopped unasked")
@@ -496,7 +502,7 @@ class Supervisor:
         problem = ""
         if phase is Phase.STARTING:
             try:
-                rings = xenbus.read_rings(self.store, left.domid, left.devid)
+                rings = xenbus.read_rings(self.store, xenbus.frontend_path(left.domid, left.devid, left.grant.frontend))
             except ViolationError as error:
                 problem = error.message
         machine = Device(phase, published, rings)
@@ -583,7 +589,7 @@ class Supervisor:
             )
         grant = next((g for g in grants if guest.by_tag(g.tag) is None), grants[0])
         if request.readonly:
-            grant = Grant(grant.export, grant.path, grant.tag, True, grant.auto)
+            grant = dataclasses.replace(grant, readonly=True)
         for problem in policy.path_problems(policy.Export(grant.export, grant.path)):
             raise ControlError(problem)
 
@@ -709,6 +715,7 @@ def _device_status(managed: Managed) -> Object:
         "export": grant.export,
         "path": str(grant.path),
         "access": _access(grant),
+        "frontend_kind": grant.frontend,
         "state": XenbusState.named(machine.published).lower(),
         "frontend": XenbusState.named(machine.frontend).lower() if known else str(machine.frontend),
         "phase": machine.phase.value,

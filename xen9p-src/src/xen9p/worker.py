@@ -119,9 +119,9 @@ class Worker:
         for thread in list(self._tracers):  # each looks once more and leaves
             thread.join()
         device.close()
-        stopped = verdict == Verdict.STOPPED
-        self._finish({"event": "stopped"} if stopped else {"event": "ended", "reason": reason})
-        return 0 if stopped else 3 if verdict == Verdict.PROTOCOL else 1
+        event = {Verdict.STOPPED: "stopped", Verdict.HANGUP: "hangup"}.get(verdict, "ended")
+        self._finish({"event": event, "reason": reason} if event == "ended" else {"event": event})
+        return 0 if event != "ended" else 3 if verdict == Verdict.PROTOCOL else 1
 
     def _open(self) -> DataPlane:
         device = DataPlane(

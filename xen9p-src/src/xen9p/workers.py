@@ -38,7 +38,7 @@ class Worker:
 
     Args:
         ready: called when it serves.
-        gone: called once when the process has ended, with its last event ("failed", "ended", "stopped" or
+        gone: called once when the process has ended, with its last event ("failed", "ended", "hangup", "stopped" or
             "" for none) and the reason that it gave.
     """
 
@@ -167,7 +167,7 @@ class Worker:
         elif kind == "metrics":
             self.detail = {k: v for k, v in event.items() if k != "event"}
             self._answered("metrics")
-        elif kind in ("failed", "ended", "stopped"):
+        elif kind in ("failed", "ended", "hangup", "stopped"):
             self._last = str(kind)
             self._reason = str(event.get("reason", ""))[:300]
             self._timers.append(self._loop.after(LINGER, self.kill))

@@ -19,6 +19,8 @@ from xen9p.policy import Grant
 from xen9p.xenstore import XenStore
 
 BACKENDS: Final = "/local/domain/0/backend/xen9p"
+FRONTENDS: Final = {"kernel": "9pfs", "user": "xen9p"}
+"""Directory below the guest's device/, by who serves that end. Linux claims every device/9pfs there is."""
 MAX_RINGS: Final = 4
 MAX_RING_ORDER: Final = 9
 _U32: Final = re.compile(r"[0-9]{1,10}")
@@ -59,9 +61,9 @@ def backend_path(domid: int, devid: int) -> str:
     return f"{BACKENDS}/{domid}/{devid}"
 
 
-def frontend_path(domid: int, devid: int) -> str:
-    """The frontend's directory."""
-    return f"/local/domain/{domid}/device/9pfs/{devid}"
+def frontend_path(domid: int, devid: int, frontend: str = "kernel") -> str:
+    """The frontend's directory; frontend as in the policy."""
+    return f"/local/domain/{domid}/device/{FRONTENDS[frontend]}/{devid}"
 
 
 def guests(store: XenStore) -> list[GuestId]:
@@ -100,7 +102,7 @@ def create(store: XenStore, who: GuestId, devid: int, grant: Grant) -> None:
     NoGuestError if the guest has gone meanwhile.
     """
     domid = who.domid
-    back, front = backend_path(domid, devid), frontend_path(domid, devid)
+    back, front = backend_path(domid, devid), frontend_path(domid, devid, grant.frontend)
 
     def write(t: XenStore) -> None:
         if uuid_of(t, domid) != who.uuid:
@@ -145,7 +147,8 @@ def remove(store: XenStore, who: GuestId, devid: int) -> None:
     def write(t: XenStore) -> None:
         t.remove(backend_path(domid, devid))
         if uuid_of(t, domid) == who.uuid:
-            t.remove(frontend_path(domid, devid))
+            for frontend in FRONTENDS:  # a number is used once, whichever end has it
+                t.remove(frontend_path(domid, devid, frontend))
         if not t.children(f"{BACKENDS}/{domid}"):
             t.remove(f"{BACKENDS}/{domid}")
 
@@ -162,9 +165,8 @@ def note_failed(store: XenStore, domid: int, devid: int, reason: str) -> None:
     store.write(f"{backend_path(domid, devid)}/host/failed", reason[:200])
 
 
-def read_rings(store: XenStore, domid: int, devid: int) -> tuple[Ring, ...]:
-    """The rings that the frontend offers; ViolationError names what is wrong with them."""
-    front = frontend_path(domid, devid)
+def read_rings(store: XenStore, front: str) -> tuple[Ring, ...]:
+    """The rings that the frontend with that directory offers; ViolationError names what is wrong with them."""
     return parse_rings(lambda key: store.read(f"{front}/{key}"))
 
 
@@ -195,7 +197,9 @@ def _short(text: str | None) -> str:
 
 def used_devids(store: XenStore, domid: int) -> set[int]:
     """The numbers of 9pfs devices that the guest has, whoever made them."""
-    names = store.children(f"/local/domain/{domid}/device/9pfs") + store.children(f"{BACKENDS}/{domid}")
+    names = store.children(f"{BACKENDS}/{domid}")
+    for kind in FRONTENDS.values():
+        names += store.children(f"/local/domain/{domid}/device/{kind}")
     return {int(n) for n in names if n.isdigit()}
 
 
@@ -217,6 +221,7 @@ def _left(store: XenStore, domid: int, devid: int) -> Left:
         tag=store.read(f"{back}/tag") or "",
         readonly=store.read(f"{back}/host/access") != "rw",
         auto=True,
+        frontend="user" if (store.read(f"{back}/frontend") or "").split("/")[-2:-1] == ["xen9p"] else "kernel",
     )
     uuid = store.read(f"{back}/host/uuid") or ""
     return Left(domid, devid, uuid, grant, state(store, back), store.read(f"{back}/host/failed") or "")

@@ -15,6 +15,7 @@ import os
 import re
 import select
 import socket
+import stat
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, TypeVar
@@ -65,11 +66,34 @@ class _Transport:
         self._sock.close()
 
 
+class _DeviceTransport:
+    """The kernel's device under pyxs's packets: a guest's way to XenStore."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def send(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    def recv(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            data += os.read(self._fd, size - len(data))
+        return bytes(data)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class XenStore:
     """A connection to xenstored that opens when it is first used.
 
     Args:
-        path: xenstored's Unix socket.
+        path: xenstored's Unix socket; in a guest the kernel's device, /dev/xen/xenbus.
         timeout: seconds that a single request may take.
     """
 
@@ -94,22 +118,30 @@ class XenStore:
         """Connects and sets all watches; each fires once. Does nothing when connected."""
         if self._connection is not None:
             return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.settimeout(self._timeout)
-        try:
-            sock.connect(self._path)
-        except OSError as error:
-            sock.close()
-            raise XenStoreError(
-                f"XenStore does not answer at {self._path}",
-                "is this dom0, and does xenstored run? see: systemctl status xenstored",
-            ) from error
         connection = _connection.UnixSocketConnection(self._path)
-        connection.transport = _Transport(sock)
+        connection.transport = self._open()
         self._connection = connection
         self._transaction = 0
         for path, token in sorted(self._watches):
             self._ack(_Op.WATCH, path, token)
+
+    def _open(self) -> _Transport | _DeviceTransport:
+        try:
+            if stat.S_ISCHR(os.stat(self._path).st_mode):
+                return _DeviceTransport(os.open(self._path, os.O_RDWR | os.O_CLOEXEC))
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                sock.settimeout(self._timeout)
+                sock.connect(self._path)
+            except OSError:
+                sock.close()
+                raise
+            return _Transport(sock)
+        except OSError as error:
+            raise XenStoreError(
+                f"XenStore does not answer at {self._path}",
+                "is this dom0, and does xenstored run? see: systemctl status xenstored",
+            ) from error
 
     def close(self) -> None:
         """Closes the socket; watches and kept events stay for the next connection."""

@@ -63,6 +63,10 @@ void x9_identity(uint32_t uid, uint32_t gid);
 int x9_keep_capabilities(void);
 
 x9_front *x9_front_new(uint8_t *page, uint8_t *data, uint32_t order, int wait_fd, int notify_fd);
+x9_front *x9_front_new_xen(uint32_t domid, uint32_t order, int *err, char *reason, size_t size);
+uint32_t x9_front_ref(x9_front *front);
+uint32_t x9_front_port(x9_front *front);
+int x9_front_fd(x9_front *front);
 void x9_front_free(x9_front *front);
 int x9_front_send(x9_front *front, const uint8_t *msg, uint32_t len, int timeout_ms);
 int64_t x9_front_recv(x9_front *front, uint8_t *buf, uint32_t cap, int timeout_ms);

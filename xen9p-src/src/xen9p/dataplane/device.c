@@ -667,6 +667,8 @@ static int serve_ring(struct x9_link *link, struct x9_call *call)
             out_of_range(link);
             break;
         }
+        if (!have && !taken && ring_abandoned(ring))
+            finish(dev, X9_HANGUP, "the frontend went away");
         if (have < X9_HEADER)
             break;
         ring_peek(ring, 0, dev->buf, X9_HEADER);

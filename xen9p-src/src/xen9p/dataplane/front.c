@@ -1,12 +1,10 @@
-/* The frontend's half of a ring: whole messages out, whole messages in. Used by the Python client. */
+/* The frontend's half of a ring: whole messages out, whole messages in. Used by the Python client, on rings in memory
+ * and on rings that a guest shares (front_xen.c). */
 #include "x9.h"
 
 #include <poll.h>
 
-struct x9_front {
-    struct x9_ring ring;
-    int wait_fd, notify_fd; /* eventfds; borrowed */
-};
+#include "front.h"
 
 x9_front *x9_front_new(uint8_t *page, uint8_t *data, uint32_t order, int wait_fd, int notify_fd)
 {
@@ -17,15 +15,20 @@ x9_front *x9_front_new(uint8_t *page, uint8_t *data, uint32_t order, int wait_fd
         return NULL;
     }
     if (front)
-        front->wait_fd = wait_fd, front->notify_fd = notify_fd;
+        front->wait_fd = wait_fd, front->notify_fd = notify_fd, front->xen.gnt_fd = -1;
     return front;
 }
 
 void x9_front_free(x9_front *front)
 {
-    ring_free(&front->ring);
+    if (front->xen.gnt_fd >= 0)
+        front_xen_close(front);
+    if (front->ring.held_tail)
+        ring_free(&front->ring);
     free(front);
 }
+
+int x9_front_fd(x9_front *front) { return front->wait_fd; }
 
 static int await(struct x9_front *front, int timeout_ms)
 {
@@ -37,6 +40,8 @@ static int await(struct x9_front *front, int timeout_ms)
         return errno == EINTR ? 0 : errno;
     if (!n)
         return ETIMEDOUT;
+    if (front->xen.gnt_fd >= 0)
+        return front_xen_acknowledge(front);
     (void)!read(front->wait_fd, &count, sizeof count);
     return 0;
 }
@@ -45,10 +50,14 @@ static void notify(struct x9_front *front)
 {
     uint64_t one = 1;
 
-    (void)!write(front->notify_fd, &one, sizeof one);
+    if (front->xen.gnt_fd >= 0)
+        front_xen_notify(front);
+    else
+        (void)!write(front->notify_fd, &one, sizeof one);
 }
 
-/* Returns 0, EMSGSIZE (can never fit), ETIMEDOUT, or EPROTO (the backend's index is out of range). */
+/* Returns 0, EMSGSIZE (can never fit), ETIMEDOUT, or EPROTO (the backend's index is out of range). With a timeout of 0
+ * it does not wait: after ETIMEDOUT the descriptor becomes readable when it is worth another try. */
 int x9_front_send(x9_front *front, const uint8_t *msg, uint32_t len, int timeout_ms)
 {
     int64_t room;

@@ -95,6 +95,7 @@ struct x9_ring {
     uint32_t *tx_prod, *tx_cons, *rx_prod, *rx_cons; /* in the shared interface page */
     uint8_t *tx_data, *rx_data;
     uint32_t half; /* bytes a direction */
+    const uint8_t *order; /* in the interface page: 0 when a frontend in user space has ended (front_xen.c) */
     /* Messages that were taken and not yet given back, in the order of the ring; empty most of the time. */
     pthread_mutex_t held_lock;
     struct x9_held *held, **held_tail;
@@ -105,6 +106,7 @@ struct x9_ring {
 int ring_init(struct x9_ring *ring, uint8_t *page, uint8_t *data, uint32_t order, enum x9_side side);
 int64_t ring_readable(const struct x9_ring *ring);
 int64_t ring_writable(const struct x9_ring *ring);
+bool ring_abandoned(const struct x9_ring *ring);
 void ring_peek(const struct x9_ring *ring, uint32_t skip, uint8_t *to, uint32_t len);
 int ring_rx_iov(const struct x9_ring *ring, uint32_t pos, uint32_t len, struct iovec iov[2]);
 int ring_consume(struct x9_ring *ring, uint32_t len);

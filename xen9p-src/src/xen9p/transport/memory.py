@@ -8,11 +8,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from typing import Any
 
 from xen9p._dataplane import ffi, lib
 from xen9p.dataplane import DataPlane
-from xen9p.errors import ProtocolError, Xen9pError
+from xen9p.errors import Xen9pError
+from xen9p.transport.ring_front import RingFront
 
 PAGE = 4096
 IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, RING_ORDER = 0, 4, 64, 68, 128
@@ -67,48 +67,27 @@ class MemoryRing:
         self.data.close()
 
 
-class MemoryRingTransport:
-    """The frontend's end of a ring, for xen9p.client. Waits at most timeout seconds for its peer.
-
-    Raises:
-        ProtocolError: the backend's indices or sizes are out of range.
-        TimeoutError: nothing came, or no room was made, in time.
-    """
+class MemoryRingTransport(RingFront):
+    """The frontend's end of a ring, for xen9p.client. Waits at most timeout seconds for its peer."""
 
     def __init__(self, ring: MemoryRing, timeout: float = 10.0) -> None:
         self._ring = ring
         self._page = ffi.from_buffer(ring.page, require_writable=True)
         self._data = ffi.from_buffer(ring.data, require_writable=True)
-        self._timeout_ms = int(timeout * 1000)
-        self._front: Any = lib.x9_front_new(
+        front = lib.x9_front_new(
             ffi.cast("uint8_t *", self._page),
             ffi.cast("uint8_t *", self._data),
             ring.order,
             ring.to_front,
             ring.to_back,
         )
-        if self._front == ffi.NULL:
+        if front == ffi.NULL:
             raise Xen9pError("the ring's indices contradict each other", errno=errno.EINVAL)
-        self._buffer = ffi.new("uint8_t[]", ring.half)
-
-    def send(self, data: bytes, /) -> None:
-        self._check(lib.x9_front_send(self._front, data, len(data), self._timeout_ms))
-
-    def recv(self) -> bytes:
-        size = lib.x9_front_recv(self._front, self._buffer, len(self._buffer), self._timeout_ms)
-        self._check(-size if size < 0 else 0)
-        return bytes(ffi.buffer(self._buffer, size))
-
-    @staticmethod
-    def _check(err: int) -> None:
-        if err == errno.EPROTO:
-            raise ProtocolError("a ring index or message size of the backend is out of range")
-        if err:
-            raise OSError(err, os.strerror(err))
+        super().__init__(front, ring.half, timeout)
 
     def close(self) -> None:
+        """Gives up the ring; twice is allowed."""
         if self._front is not None:
-            lib.x9_front_free(self._front)
-            self._front = None
+            super().close()
             ffi.release(self._page)
             ffi.release(self._data)

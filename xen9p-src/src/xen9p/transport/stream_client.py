@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import select
 import socket
+import time
+from contextlib import suppress
 from types import TracebackType
 
 from xen9p.codec import HEADER_SIZE
 from xen9p.errors import ProtocolError
+from xen9p.transport.link import wait_for
 
 
 class SocketTransport:
-    """Whole messages over a connected stream socket, which it owns.
+    """Whole messages over a connected stream socket, which it owns. A transport.link.Transport.
 
     Args:
         sock: connected; its timeout (seconds, None for ever) bounds every send and receive.
@@ -19,7 +24,13 @@ class SocketTransport:
 
     def __init__(self, sock: socket.socket, max_size: int = 64 << 20) -> None:
         self._sock = sock
+        self._timeout = sock.gettimeout()
+        sock.setblocking(False)  # whether to wait is decided here
         self._max_size = max_size
+        self._unsent = bytearray()
+        self._head = bytearray()  # of the message that is arriving
+        self._body = bytearray()  # all of it, once its size is known
+        self._filled = 0
 
     @classmethod
     def unix(cls, path: str, timeout: float | None = None) -> SocketTransport:
@@ -44,29 +55,92 @@ class SocketTransport:
             raise
         return cls(sock)
 
-    def send(self, data: bytes) -> None:
+    def set_timeout(self, seconds: float | None) -> None:
+        """Bounds every send and receive from now on; None: they wait for ever."""
+        self._timeout = seconds
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._sock.fileno()
+
+    def send(self, data: bytes, /) -> None:
         """Sends all of it."""
-        self._sock.sendall(data)
+        deadline = self._deadline(None)
+        self._unsent += data
+        while not self.flush():
+            wait_for(self.fileno(), select.POLLOUT, deadline)
 
-    def recv(self) -> bytes:
+    def post(self, data: bytes, /) -> bool:
+        """Takes a message unless an earlier one has not gone out."""
+        if not self.flush():
+            return False
+        self._unsent += data
+        self.flush()
+        return True
+
+    def flush(self) -> bool:
+        """Sends what the socket takes now; True if nothing is left."""
+        try:
+            while self._unsent:
+                sent = self._sock.send(self._unsent)
+                del self._unsent[:sent]
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:  # not to be taken for the end of who reads our output
+            raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection") from None
+        return True
+
+    def recv(self, timeout: float | None = None) -> bytes:
         """One whole message, header included. EOFError if the peer hung up between two messages."""
-        head = self._exactly(4, at_start=True)
-        size = int.from_bytes(head, "little")
-        if not HEADER_SIZE <= size <= self._max_size:
-            raise ProtocolError(f"message size {size} is not within {HEADER_SIZE}..{self._max_size}")
-        return head + self._exactly(size - 4, at_start=False)
+        deadline = self._deadline(timeout)
+        while (message := self.poll()) is None:
+            wanted = select.POLLIN if self.flush() else select.POLLIN | select.POLLOUT
+            wait_for(self.fileno(), wanted, deadline)
+        return message
 
-    def _exactly(self, size: int, *, at_start: bool) -> bytes:
-        data = bytearray(size)
-        view = memoryview(data)
-        while view:
-            count = self._sock.recv_into(view)
-            if count == 0:
-                if at_start and len(view) == size:
-                    raise EOFError("the server closed the connection")
-                raise ProtocolError("the server closed the connection within a message")
-            view = view[count:]
-        return bytes(data)
+    def poll(self) -> bytes | None:
+        """One whole message if it is here; errors as recv()."""
+        try:
+            while len(self._head) < 4:
+                some = self._sock.recv(4 - len(self._head))
+                self._ended_if(not some, within=bool(self._head))
+                self._head += some
+                if len(self._head) == 4:
+                    self._begin(int.from_bytes(self._head, "little"))
+            view = memoryview(self._body)
+            while self._filled < len(view):
+                count = self._sock.recv_into(view[self._filled :])
+                self._ended_if(count == 0, within=True)
+                self._filled += count
+        except BlockingIOError:
+            return None
+        message = bytes(view)
+        self._head, self._body = bytearray(), bytearray()
+        return message
+
+    def _begin(self, size: int) -> None:
+        if not HEADER_SIZE <= size <= self._max_size:
+            self._head.clear()
+            raise ProtocolError(f"message size {size} is not within {HEADER_SIZE}..{self._max_size}")
+        self._body = bytearray(size)
+        self._body[:4] = self._head
+        self._filled = 4
+
+    def _ended_if(self, ended: bool, *, within: bool) -> None:
+        if ended and within:
+            self._head, self._body = bytearray(), bytearray()
+            raise ProtocolError("the server closed the connection within a message")
+        if ended:
+            raise EOFError("the server closed the connection")
+
+    def _deadline(self, timeout: float | None) -> float | None:
+        seconds = self._timeout if timeout is None else timeout
+        return None if seconds is None else time.monotonic() + seconds
+
+    def shutdown(self) -> None:
+        """Ends the conversation both ways; a recv() that waits in another thread returns."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the socket; twice is allowed."""

@@ -1,0 +1,64 @@
+"""Our FUSE mount in a guest, beside the kernel's own v9fs: the same files, and the manners of a local directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import Dom0, connect, wait_until
+from user import GUEST, TAG, User, attached
+
+DIFFERENTIAL = Path(__file__).resolve().parents[2] / "xen9p-src" / "tests" / "differential.py"
+MNT = "/mnt"
+
+
+@pytest.fixture(scope="module")
+def user(dom0: Dom0) -> Iterator[User]:
+    with attached(dom0, "fuse-test") as made:
+        made.out(f"xen9p mount {TAG} {MNT}")
+        try:
+            yield made
+        finally:
+            made.run(f"umount {MNT}")
+
+
+def test_both_mounts_show_the_same(user: User) -> None:
+    mine = f"{MNT}/{user.folder}"
+    user.out(f"head -c 2000001 /dev/urandom > {mine}/f; cmp {mine}/f {user.kernel('f')}")
+    user.out(f"mkdir {user.kernel('d')}; ln -s f {mine}/l; ln {mine}/f {user.kernel('hard')}")
+    assert user.out(f"ls {mine}").split() == ["d", "f", "hard", "l"]
+    assert user.out(f"stat -c '%h %s' {mine}/f") == "2 2000001"
+    assert "fuse.xen9p" in user.out("cat /proc/mounts")
+    user.out(f"rm -r {mine}/*")
+    assert user.out(f"ls {user.kernel('')}") == ""
+
+
+def test_random_operations_as_in_a_local_directory(user: User) -> None:
+    guest = connect(GUEST)
+    guest.check_output("rm -rf /dev/shm/twins && mkdir /dev/shm/twins")
+    source = DIFFERENTIAL.read_text().replace("'", "'\\''")
+    guest.check_output(f"printf %s '{source}' > /tmp/differential.py")
+    result = guest.run(
+        f"python3 /tmp/differential.py {MNT}/{user.folder} /dev/shm/twins --operations 400 --seed 5;"
+        " rm -rf /dev/shm/twins /tmp/differential.py"
+    )
+    assert "no difference" in result.stdout, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+def test_a_killed_mount_can_be_made_anew(dom0: Dom0, user: User) -> None:
+    guest = connect(GUEST)
+    guest.check_output(f"pkill -KILL -f 'xen9p mount {TAG}'")
+    wait_until("the worker has let go", lambda: not dom0.connected(GUEST, TAG))
+    guest.check_output(f"umount -l {MNT}")
+    guest.check_output(f"xen9p mount {TAG} {MNT}")
+    assert user.run(f"ls {MNT}/{user.folder}").rc == 0
+
+
+def test_umount_leaves_nothing(dom0: Dom0, user: User) -> None:
+    guest = connect(GUEST)
+    guest.check_output(f"umount {MNT}")
+    wait_until("the device is closed", lambda: not dom0.connected(GUEST, TAG))
+    wait_until("the process has ended", lambda: guest.run("pgrep -f 'xen9p mount'").rc != 0)
+    guest.check_output(f"xen9p mount {TAG} {MNT}")

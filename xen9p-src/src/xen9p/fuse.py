@@ -1,0 +1,569 @@
+"""A FUSE filesystem on a 9P client: the requests of the guest's kernel become requests to the server.
+
+Nothing waits for anything else: each request of the kernel is a task of the event loop. Writes go through at once,
+so fsync(2) and close(2) have little left to do. Errors are the server's errno. pyfuse3 passes on no locks: flock(2)
+and fcntl(2) locks work among the processes of one guest, in its kernel, and others do not see them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import logging
+import os
+import stat
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import pyfuse3
+
+from xen9p import codec
+from xen9p.async_client import AsyncClient
+from xen9p.attributes import Attributes
+from xen9p.cache import Cache
+from xen9p.codec import Dirent
+from xen9p.errors import Xen9pError
+from xen9p.inodes import ROOT, Nodes
+
+log = logging.getLogger("xen9p.mount")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Of the flags of open(2), those that mean something to the server; the rest is between the guest's kernel and itself.
+_FLAGS: Final = (
+    os.O_ACCMODE | os.O_APPEND | os.O_CREAT | os.O_DIRECTORY | os.O_DSYNC | os.O_EXCL | os.O_SYNC | os.O_TRUNC
+)
+_BATCH: Final = 32
+_CAPABILITY: Final = b"security.capability"
+_XATTR_REPLACE: Final = 2
+
+
+@dataclass(slots=True)
+class _File:
+    """An open file."""
+
+    fid: int
+    ino: int
+    append: bool
+
+
+@dataclass(slots=True)
+class _Listed:
+    """A directory entry that is ready to be given to the kernel; fid and attr only where attributes go with it."""
+
+    entry: Dirent
+    ino: int
+    fid: int | None = None
+    attr: Attributes | None = None
+
+
+@dataclass(slots=True)
+class _Directory:
+    """An open directory, and what has been read of it and not been taken by the kernel."""
+
+    fid: int
+    ino: int
+    position: int = 0
+    """Where the kernel goes on, if it goes on."""
+    offset: int = 0
+    """Where the server goes on."""
+    entries: deque[Dirent] = field(default_factory=deque)
+    ready: deque[_Listed] = field(default_factory=deque)
+
+
+def _answers(
+    method: Callable[Concatenate[Filesystem, P], Awaitable[R]],
+) -> Callable[Concatenate[Filesystem, P], Coroutine[Any, Any, R]]:
+    """Turns what goes wrong into an errno for the kernel; pyfuse3 would end the mount."""
+
+    @functools.wraps(method)
+    async def answer(self: Filesystem, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await method(self, *args, **kwargs)
+        except ConnectionError:
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        except Xen9pError as error:
+            log.error("%s: %s", method.__name__, error)
+            raise pyfuse3.FUSEError(error.errno) from None
+        except Exception as error:
+            # A cache may be anybody's code.
+            log.error("%s: %r", method.__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return answer
+
+
+class Filesystem:
+    """The handlers that pyfuse3 calls; the names are its own (pyfuse3.Operations).
+
+    Args:
+        root: the fid of the tree's root.
+        uid: the user that root was attached as; what others make is given to them.
+    """
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, client: AsyncClient, root: int, qid: codec.Qid, cache: Cache, uid: int) -> None:
+        self.client = client
+        self.cache = cache
+        self.nodes = Nodes.of(root, qid)
+        self._uid = uid
+        self._files: dict[int, _File] = {}
+        self._directories: dict[int, _Directory] = {}
+
+    def init(self) -> None:
+        """The kernel has begun to talk."""
+
+    def stacktrace(self) -> None:
+        """pyfuse3 asks for this on a certain xattr; there is nothing to show."""
+
+    # Names and attributes.
+
+    async def _attributes(self, ino: int, fid: int) -> Attributes:
+        """Fresh attributes; remembered unless the file has been changed meanwhile."""
+        node = self.nodes.get(ino)
+        changes = node.changes if node else 0
+        attr = Attributes.of(await self.client.getattr(fid))
+        node = self.nodes.get(ino)
+        if node is None or node.changes == changes:
+            self.cache.put_attr(ino, attr)
+        return attr
+
+    def _changed(self, ino: int) -> None:
+        """Attributes have changed, or will have when the reply is here: answers to earlier questions are old."""
+        node = self.nodes.get(ino)
+        if node is not None:
+            node.changes += 1
+        self.cache.invalidate_attr(ino)
+
+    def _entry(self, ino: int, attr: Attributes) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = ino
+        entry.st_mode = attr.mode
+        entry.st_nlink = attr.nlink
+        entry.st_uid = attr.uid
+        entry.st_gid = attr.gid
+        entry.st_rdev = attr.rdev
+        entry.st_size = attr.size
+        entry.st_blksize = 4096
+        entry.st_blocks = attr.blocks
+        entry.st_atime_ns = attr.atime_ns
+        entry.st_mtime_ns = attr.mtime_ns
+        entry.st_ctime_ns = attr.ctime_ns
+        entry.generation = 0
+        entry.entry_timeout = entry.attr_timeout = self.cache.kernel_seconds
+        return entry
+
+    async def _find(self, parent: int, name: bytes) -> tuple[int, Attributes]:
+        """Asks the server what a name means; counts a lookup."""
+        fid, qids = await self.client.walk_qids(self.nodes.fid(parent), name)
+        ino = self.nodes.ino(qids[-1].path)
+        try:
+            attr = await self._attributes(ino, fid)
+        except BaseException:
+            self.client.forget(fid)
+            raise
+        self._looked_up(ino, fid)
+        self.cache.put_lookup(parent, name, ino)
+        return ino, attr
+
+    def _looked_up(self, ino: int, fid: int | None) -> None:
+        _, spare = self.nodes.add(ino, fid)
+        if spare is not None:
+            self.client.forget(spare)
+
+    @_answers
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
+        """A name's meaning."""
+        ino = self.cache.lookup(parent_inode, name)
+        node = None if ino is None else self.nodes.get(ino)
+        if node is not None and node.fid is not None:
+            attr = self.cache.attr(node.ino) or await self._attributes(node.ino, node.fid)
+            self._looked_up(node.ino, None)
+            return self._entry(node.ino, attr)
+        return self._entry(*await self._find(parent_inode, name))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """The kernel does not know some files any more."""
+        for ino, lookups in inode_list:
+            node = self.nodes.forget(ino, lookups)
+            if node is not None:
+                with suppress(Exception):
+                    self.cache.forget(ino)
+                if node.fid is not None:
+                    self.client.forget(node.fid)
+
+    @_answers
+    async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
+        """A file's attributes."""
+        attr = self.cache.attr(inode) or await self._attributes(inode, self.nodes.fid(inode))
+        return self._entry(inode, attr)
+
+    @_answers
+    async def setattr(
+        self, inode: int, attr: pyfuse3.EntryAttributes, fields: Any, fh: int | None, ctx: Any
+    ) -> pyfuse3.EntryAttributes:
+        """Changes attributes; a size truncates or extends the file."""
+        node = self.nodes.known(inode)
+        file = self._files.get(fh) if fh is not None else None
+        fid = self.nodes.fid(inode)
+        self._changed(inode)
+        try:
+            await self.client.setattr(
+                file.fid if file is not None else fid,
+                mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+                uid=attr.st_uid if fields.update_uid else None,
+                gid=attr.st_gid if fields.update_gid else None,
+                size=attr.st_size if fields.update_size else None,
+                atime_ns=attr.st_atime_ns if fields.update_atime else None,
+                mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            )
+        finally:
+            self._changed(inode)
+            if fields.update_size:
+                self.cache.invalidate_data(inode)
+        if fields.update_mode or fields.update_uid or fields.update_size:
+            node.no_capability = False
+        return self._entry(inode, await self._attributes(inode, fid))
+
+    @_answers
+    async def readlink(self, inode: int, ctx: Any) -> bytes:
+        """A symbolic link's target."""
+        return await self.client.readlink(self.nodes.fid(inode))
+
+    @_answers
+    async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        """How full the file system is."""
+        numbers = await self.client.statfs(self.nodes.fid(ROOT))
+        out = pyfuse3.StatvfsData()
+        out.f_bsize = out.f_frsize = numbers.bsize
+        out.f_blocks, out.f_bfree, out.f_bavail = numbers.blocks, numbers.bfree, numbers.bavail
+        out.f_files, out.f_ffree = numbers.files, numbers.ffree
+        out.f_favail = numbers.ffree
+        out.f_namemax = numbers.namelen
+        return out
+
+    @_answers
+    async def access(self, inode: int, mode: int, ctx: Any) -> bool:
+        """The kernel checks (default_permissions), and then the server."""
+        return True
+
+    # Making and removing.
+
+    async def _made(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
+        """A name has been made in a directory: gives it to who asked, and tells the kernel about it."""
+        self._changed(parent)
+        ino, attr = await self._find(parent, name)
+        if ctx.uid not in (self._uid, attr.uid):
+            fid = self.nodes.fid(ino)
+            await self.client.setattr(fid, uid=ctx.uid)
+            self._changed(ino)
+            attr = await self._attributes(ino, fid)
+        return self._entry(ino, attr)
+
+    @_answers
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> pyfuse3.EntryAttributes:
+        """Makes a file, FIFO, socket or device node."""
+        await self.client.mknod(
+            self.nodes.fid(parent_inode),
+            name,
+            mode & ~ctx.umask,
+            major=os.major(rdev),
+            minor=os.minor(rdev),
+            gid=ctx.gid,
+        )
+        return await self._made(parent_inode, name, ctx)
+
+    @_answers
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> pyfuse3.EntryAttributes:
+        """Makes a directory."""
+        await self.client.mkdir(self.nodes.fid(parent_inode), name, stat.S_IMODE(mode) & ~ctx.umask, ctx.gid)
+        return await self._made(parent_inode, name, ctx)
+
+    @_answers
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
+        """Makes a symbolic link."""
+        await self.client.symlink(self.nodes.fid(parent_inode), name, target, ctx.gid)
+        return await self._made(parent_inode, name, ctx)
+
+    @_answers
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
+        """Makes a hard link."""
+        await self.client.link(self.nodes.fid(new_parent_inode), self.nodes.fid(inode), new_name)
+        self._changed(new_parent_inode)
+        self._changed(inode)
+        return self._entry(*await self._find(new_parent_inode, new_name))
+
+    @_answers
+    async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
+        """Removes a name."""
+        await self._remove(parent_inode, name, 0)
+
+    @_answers
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
+        """Removes an empty directory."""
+        await self._remove(parent_inode, name, codec.AT_REMOVEDIR)
+
+    async def _remove(self, parent: int, name: bytes, flags: int) -> None:
+        ino = self.cache.lookup(parent, name)
+        await self.client.unlinkat(self.nodes.fid(parent), name, flags)
+        self._gone(parent, name, ino)
+
+    def _gone(self, parent: int, name: bytes, ino: int | None) -> None:
+        self.cache.invalidate_lookup(parent, name)
+        self._changed(parent)
+        if ino is not None:
+            self._changed(ino)
+
+    @_answers
+    async def rename(  # noqa: PLR0917 - as pyfuse3 calls it
+        self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes, flags: int, ctx: Any
+    ) -> None:
+        """Moves a name. 9P2000.L has no RENAME_NOREPLACE and no RENAME_EXCHANGE: EINVAL, as from v9fs."""
+        if flags:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        moved = self.cache.lookup(parent_inode_old, name_old)
+        replaced = self.cache.lookup(parent_inode_new, name_new)
+        old, new = self.nodes.fid(parent_inode_old), self.nodes.fid(parent_inode_new)
+        await self.client.renameat(old, name_old, new, name_new)
+        self._gone(parent_inode_old, name_old, moved)
+        self._gone(parent_inode_new, name_new, replaced)
+
+    # Files.
+
+    @_answers
+    async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        """Opens a file."""
+        node_fid = self.nodes.fid(inode)
+        fid = await self.client.walk(node_fid)
+        try:
+            await self.client.lopen(fid, flags & _FLAGS & ~(os.O_CREAT | os.O_EXCL))
+            if flags & os.O_TRUNC:
+                self._changed(inode)
+                self.cache.invalidate_data(inode)
+            keep = False
+            if self.cache.kernel_pages:
+                keep = self.cache.opened(inode, await self._attributes(inode, node_fid))
+        except BaseException:
+            self.client.forget(fid)
+            raise
+        return self._opened(fid, inode, flags, keep)
+
+    def _opened(self, fid: int, ino: int, flags: int, keep: bool) -> pyfuse3.FileInfo:
+        self._files[fid] = _File(fid, ino, bool(flags & os.O_APPEND))
+        return pyfuse3.FileInfo(fh=fid, direct_io=not self.cache.kernel_pages, keep_cache=keep)
+
+    @_answers
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """Makes a file and opens it."""
+        fid = await self.client.walk(self.nodes.fid(parent_inode))
+        try:
+            await self.client.lcreate(fid, name, flags & _FLAGS, stat.S_IMODE(mode) & ~ctx.umask, ctx.gid)
+            entry = await self._made(parent_inode, name, ctx)
+        except BaseException:
+            self.client.forget(fid)
+            raise
+        return self._opened(fid, entry.st_ino, flags, keep=False), entry
+
+    @_answers
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """Data of an open file."""
+        file = self._files[fh]
+        data = self.cache.data(file.ino, off, size)
+        if data is not None:
+            return data
+        node = self.nodes.get(file.ino)
+        changes = node.changes if node else 0
+        data = await self.client.read_exactly(file.fid, off, size)
+        if node is not None and node.changes == changes:
+            self.cache.put_data(file.ino, off, data, at_end=len(data) < size)
+        return data
+
+    @_answers
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Writes all of it, or says why not."""
+        file = self._files[fh]
+        node = self.nodes.known(file.ino)
+        self._changed(file.ino)
+        try:
+            if file.append:  # where it goes is the server's to say, so one after the other
+                done = 0
+                while done < len(buf):
+                    done += await self.client.write(file.fid, off + done, buf[done:])
+            else:
+                await self.client.write_all(file.fid, off, buf)
+        finally:
+            node.changes += 1
+            self.cache.invalidate_attr(file.ino)
+            if file.append:
+                self.cache.invalidate_data(file.ino)
+            else:
+                self.cache.invalidate_data(file.ino, off, len(buf))
+        return len(buf)
+
+    @_answers
+    async def flush(self, fh: int) -> None:
+        """Nothing is held back."""
+
+    @_answers
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Returns when the server has it on its disk."""
+        await self.client.fsync(self._files[fh].fid, datasync=datasync)
+
+    @_answers
+    async def release(self, fh: int) -> None:
+        """The last descriptor is closed."""
+        file = self._files.pop(fh)
+        self.client.forget(file.fid)
+
+    # Directories.
+
+    @_answers
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        """Opens a directory."""
+        fid = await self.client.walk(self.nodes.fid(inode))
+        try:
+            await self.client.lopen(fid, os.O_RDONLY | os.O_DIRECTORY)
+        except BaseException:
+            self.client.forget(fid)
+            raise
+        self._directories[fid] = _Directory(fid, inode)
+        return fid
+
+    @_answers
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        """Entries from a position on, as many as the kernel has room for."""
+        directory = self._directories[fh]
+        if start_id != directory.position:
+            self._rewind(directory, start_id)
+        while await self._fill(directory):
+            while directory.ready:
+                listed = directory.ready[0]
+                if not pyfuse3.readdir_reply(token, listed.entry.name, self._listed(listed), listed.entry.offset):
+                    return
+                directory.ready.popleft()
+                directory.position = listed.entry.offset
+                self._looked_up(listed.ino, listed.fid)
+                if listed.fid is not None:
+                    self.cache.put_lookup(directory.ino, listed.entry.name, listed.ino)
+
+    def _listed(self, listed: _Listed) -> pyfuse3.EntryAttributes:
+        if listed.attr is not None:
+            return self._entry(listed.ino, listed.attr)
+        # Number and type are all that a listing shows. The kernel asks before it uses more, for it may keep nothing.
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = listed.ino
+        entry.st_mode = listed.entry.type << 12
+        entry.entry_timeout = entry.attr_timeout = 0
+        return entry
+
+    def _rewind(self, directory: _Directory, start: int) -> None:
+        for listed in directory.ready:
+            if listed.fid is not None:
+                self.client.forget(listed.fid)
+        directory.ready.clear()
+        directory.entries.clear()
+        directory.position = directory.offset = start
+
+    async def _fill(self, directory: _Directory) -> bool:
+        """Has some entries ready; False at the end."""
+        while not directory.ready:
+            if not directory.entries:
+                entries = await self.client.readdir(directory.fid, directory.offset)
+                if not entries:
+                    return False
+                directory.offset = entries[-1].offset
+                directory.entries.extend(e for e in entries if e.name not in (b".", b".."))
+                continue
+            some = [directory.entries.popleft() for _ in range(min(_BATCH, len(directory.entries)))]
+            found = await asyncio.gather(*(self._prepare(directory, entry) for entry in some))
+            directory.ready.extend(listed for listed in found if listed is not None)
+        return True
+
+    async def _prepare(self, directory: _Directory, entry: Dirent) -> _Listed | None:
+        """An entry, with attributes if the kernel may use them or has some that would be overwritten by none."""
+        ino = self.nodes.ino(entry.qid.path)
+        node = self.nodes.get(ino)
+        if node is not None and node.fid is not None:
+            attr = self.cache.attr(ino)
+            if attr is None:
+                with suppress(OSError):
+                    attr = await self._attributes(ino, node.fid)
+            return _Listed(entry, ino, None, attr) if attr is not None else None
+        if not self.cache.kernel_seconds:
+            return _Listed(entry, ino)
+        try:
+            fid, qids = await self.client.walk_qids(self.nodes.fid(directory.ino), entry.name)
+        except OSError:
+            return None  # removed since
+        try:
+            ino = self.nodes.ino(qids[-1].path)
+            return _Listed(entry, ino, fid, await self._attributes(ino, fid))
+        except OSError:
+            self.client.forget(fid)
+            return None
+
+    @_answers
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Returns when the server has the directory on its disk."""
+        await self.client.fsync(self._directories[fh].fid, datasync=datasync)
+
+    @_answers
+    async def releasedir(self, fh: int) -> None:
+        """A directory is closed."""
+        directory = self._directories.pop(fh)
+        self._rewind(directory, 0)
+        self.client.forget(directory.fid)
+
+    # Extended attributes.
+
+    @_answers
+    async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        """An extended attribute's value."""
+        node = self.nodes.known(inode)
+        if name == _CAPABILITY and node.no_capability:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        try:
+            return await self.client.getxattr(self.nodes.fid(inode), name)
+        except OSError as error:
+            if name == _CAPABILITY and error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                node.no_capability = True
+            raise
+
+    @_answers
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        """Sets an extended attribute."""
+        await self._set_xattr(inode, name, value, 0)
+
+    @_answers
+    async def listxattr(self, inode: int, ctx: Any) -> list[bytes]:
+        """The names of the extended attributes."""
+        try:
+            names = await self.client.getxattr(self.nodes.fid(inode))
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return []
+            raise
+        return [name for name in names.split(b"\0") if name]
+
+    @_answers
+    async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
+        """Removes an extended attribute: 9P2000.L does that by setting it to nothing."""
+        await self._set_xattr(inode, name, b"", _XATTR_REPLACE)
+
+    async def _set_xattr(self, inode: int, name: bytes, value: bytes, flags: int) -> None:
+        node = self.nodes.known(inode)
+        await self.client.setxattr(self.nodes.fid(inode), name, value, flags)
+        node.no_capability = False
+        self._changed(inode)

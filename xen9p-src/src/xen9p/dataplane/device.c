@@ -780,6 +780,7 @@ x9_dev *x9_dev_new(const x9_config *config)
     dev->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     dev->buf = malloc(config->max_msize);
     pthread_mutex_init(&dev->lock, NULL);
+    pthread_mutex_init(&dev->locks.lock, NULL);
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_cond_init(&dev->pool.more, &clock);

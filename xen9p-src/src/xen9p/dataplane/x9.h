@@ -193,6 +193,13 @@ struct x9_flush {
     struct x9_link *link;
 };
 
+/* A Tflush that waits for the reader to reach a place in each of the other rings. */
+struct x9_late {
+    uint16_t tag, old;
+    struct x9_link *link;
+    uint32_t until[X9_MAX_RINGS];
+};
+
 struct x9_req {
     uint16_t tag;
     uint8_t type;
@@ -242,6 +249,8 @@ struct x9_dev {
     bool stop;  /* everybody out */
     bool drain; /* take nothing new, finish what is here */
     uint64_t slow_until; /* the reader's: us until which it leaves all writes to the pool */
+    struct x9_late *late; /* the reader's */
+    uint32_t nlate;
     uint8_t *buf; /* the reader's: msize bytes */
     uint64_t requests, read_bytes, written_bytes, errors, by_type[128];
 };

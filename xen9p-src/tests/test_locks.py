@@ -334,7 +334,7 @@ class Local:
             os.close(file)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_locks_are_those_of_the_kernel(two: tuple[Session, Session], seed: int) -> None:
     """Two owners in one guest and one in another against three on a local file: every outcome, every byte's state."""
     dice = random.Random(seed)
@@ -342,7 +342,7 @@ def test_random_locks_are_those_of_the_kernel(two: tuple[Session, Session], seed
     (two[0].served.path / "twin").touch()
     local = Local(two[0].served.path / "twin", 3)
     owners = [opened(two[0]), opened(two[0], proc=2), opened(two[1])]
-    for _ in range(250):
+    for _ in range(200):
         who = dice.randrange(3)
         kind = dice.choice((READ, READ, WRITE, UNLOCK, UNLOCK))
         start = dice.randrange(size)
@@ -354,11 +354,11 @@ def test_random_locks_are_those_of_the_kernel(two: tuple[Session, Session], seed
             if mine == FREE or theirs == FREE:
                 assert mine == theirs
             assert mine[0] == theirs[0]
-        # Each owner alone: its ranges have the kernel's borders.
-        alone = dice.randrange(3)
-        if all(owners[i].sees(WRITE) == FREE for i in range(3) if i != alone):
-            other = (alone + 1) % 3
-            assert owners[other].sees(WRITE) == local.sees(other, WRITE, 0, 0)
+        # Where one owner holds all there is, the others see its ranges with the kernel's borders.
+        for alone in range(3):
+            if owners[alone].sees(WRITE) == FREE:
+                other = (alone + 1) % 3
+                assert owners[other].sees(WRITE, at) == local.sees(other, WRITE, at, 0)
     for i, owner in enumerate(owners):
         assert owner.lock(UNLOCK) == OK
         local.lock(i, UNLOCK, 0, 0)

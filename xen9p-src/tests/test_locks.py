@@ -351,7 +351,7 @@ def test_random_locks_are_those_of_the_kernel(two: tuple[Session, Session], seed
         probe, at = dice.randrange(3), dice.randrange(size + 10)
         for kind in (READ, WRITE):
             mine, theirs = owners[probe].sees(kind, at, 1), local.sees(probe, kind, at, 1)
-            if mine == FREE or theirs == FREE:
+            if FREE in (mine, theirs):
                 assert mine == theirs
             assert mine[0] == theirs[0]
         if owners[0].sees(WRITE) == FREE:  # what there is, is its: then the others see where each range begins and ends
@@ -385,7 +385,7 @@ def test_exclusion_holds_under_load(export: Path) -> None:
             rings, _served = stack.enter_context(serve_memory(export, rings=2))
             first, root = Client.connect(MemoryRingTransport(rings[0]))
             second = Client(MemoryRingTransport(rings[1]), msize=first.msize)
-            second._next_fid = 1000
+            second._next_fid, second._next_tag = 1000, 30_000  # both are the device's and not a ring's
             stack.callback(first.close)
             stack.callback(second.close)
             works += [lambda c=first, r=root: count(c, r, 1), lambda c=second, r=root: count(c, r, 2)]
@@ -399,6 +399,7 @@ def test_locks_and_clunks_at_once(export: Path) -> None:
     with serve_memory(export, rings=2) as (rings, _), memory_session(export) as other:
         first, root = Client.connect(MemoryRingTransport(rings[0]))
         second = Client(MemoryRingTransport(rings[1]), msize=first.msize)
+        second._next_tag = 30_000  # tags are the device's and not a ring's
         mine = opened(other)
         granted = 0
         for _ in range(300):

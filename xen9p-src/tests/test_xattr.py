@@ -405,6 +405,7 @@ def test_writes_and_the_clunk_at_once(export: Path) -> None:
     with serve_memory(export, rings=2) as (rings, served):
         first, root = Client.connect(MemoryRingTransport(rings[0]))
         second = Client(MemoryRingTransport(rings[1]), msize=first.msize)
+        second._next_tag = 30_000  # tags are the device's and not a ring's
         fid = first.walk(root, b"f")
         for round_ in range(300):
             value = bytes([round_ % 250 + 1]) * 40

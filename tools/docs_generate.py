@@ -198,9 +198,10 @@ class Handled:
 NOTES = {
     # By handler, so that a note goes when its handler does.
     "_auth": "answers `ENOENT`: the domain behind the ring is the identity",
-    "_no_xattr": "answers `EOPNOTSUPP`",
-    "_lock": "always grants: the guest's kernel keeps its own locks",
-    "_getlock": "always says that there is none",
+    "h_xattrwalk": "on the reader while nothing else is under way, else in the pool",
+    "h_lock": "the host's kernel keeps the locks; a lock in the way is `P9_LOCK_BLOCKED` at once",
+    "h_getlock": "kind `P9_LOCK_TYPE_UNLCK`, which v9fs sends, asks for any lock",
+    "h_clunk": "of an attribute that is set, in the pool: its reply says how that went",
     "h_read": "page cache to ring, without a copy between; what is not cached goes to the pool",
     "h_write": "ring to page cache, without a copy between; what would wait goes to the pool",
     "h_walk": "dentry cache only; what is not cached goes to the pool",

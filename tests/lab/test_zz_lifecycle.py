@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
 
 from lab import BACKEND, GUESTS, TAGS, Dom0, answers, ask, connect, drop_connection, wait_until
+from locks import attempt, hold, posix
 
 BOOT = 150.0  # seconds that a guest may take under emulation while the other one runs
 
@@ -103,14 +105,18 @@ page[{offset}:{offset + 4}] = struct.pack("=I", {value})
 
 
 def test_destroy_and_create_by_hand(dom0: Dom0) -> None:
-    """Also brings back what the broken ring ended: a new domain is a new beginning."""
+    """Also brings back what the broken ring ended: a new domain is a new beginning. Its locks end with it."""
     domid = dom0.domid("g2")
     assert domid is not None
     ports = event_channels(dom0)
+    hold(connect("g2"), "/home/lock", posix(True), "os.O_RDWR | os.O_CREAT")
+    assert attempt(connect("g1"), "/home/lock", posix(True)) == str(errno.EAGAIN)
     dom0.out("xl destroy g2")
     drop_connection("g2")
     assert_no_trace(dom0, domid)
     assert event_channels(dom0) < ports
+    assert attempt(connect("g1"), "/home/lock", posix(True)) == "held"
+    dom0.out("rm /srv/xen9p/home/lock")
     assert dom0.connected("g1", "root")
     dom0.out("xl create /etc/xen/g2.cfg")
     comes_back(dom0, "g2", domid)

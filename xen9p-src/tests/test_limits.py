@@ -57,7 +57,16 @@ class Everything:
             raise AssertionError(f"{message} worked")
 
     def calls(self) -> list[Callable[[], None]]:
-        return [self.sessions, self.files, self.names, self.moves, self.directories, self.locks, self.refusals]
+        return [
+            self.sessions,
+            self.files,
+            self.names,
+            self.moves,
+            self.directories,
+            self.locks,
+            self.xattrs,
+            self.refusals,
+        ]
 
     def sessions(self) -> None:
         fid = self.client.walk(self.root, b"f")
@@ -111,9 +120,31 @@ class Everything:
         client = self.client
         with client.walked(self.root, b"f") as fid:
             client.lopen(fid)
-            client.lock(fid, codec.LOCK_TYPE_WRLCK, client_id=b"c" * 200)
+            for proc in (1, 2):
+                for start in (0, 20, 40):
+                    client.lock(fid, codec.LOCK_TYPE_RDLCK, start, 10, proc_id=proc, client_id=b"c" * 200)
+            client.lock(fid, codec.LOCK_TYPE_WRLCK, client_id=b"another")
             client.getlock(fid, codec.LOCK_TYPE_WRLCK, client_id=b"c" * 200)
-            client.lock(fid, codec.LOCK_TYPE_UNLCK)
+            client.lock(fid, codec.LOCK_TYPE_UNLCK, 5, 10, proc_id=1, client_id=b"c" * 200)
+
+    def xattrs(self) -> None:
+        client = self.client
+        with client.walked(self.root, b"f") as fid:
+            for value, flags in ((b"v" * 1000, 0), (b"", os.XATTR_REPLACE)):
+                clone = client.walk(fid)
+                client.xattrcreate(clone, b"user.a", len(value), flags)
+                client.write(clone, 0, value)
+                client.clunk(clone)
+                with contextlib.suppress(OSError):
+                    found, size = client.xattrwalk(fid, b"user.a")
+                    client.read(found, 0, size)
+                    client.clunk(found)
+            client.clunk(client.xattrwalk(fid)[0])
+            for given_up in (client.clunk, client.remove):
+                clone = client.walk(fid)
+                client.xattrcreate(clone, b"user.a", 30_000)
+                with contextlib.suppress(OSError):
+                    given_up(clone)
 
     def refusals(self) -> None:
         root, none = self.root, 0xDEAD
@@ -123,7 +154,9 @@ class Everything:
                 codec.Tattach(none, codec.NOFID, b"", b"other", 0),
                 codec.Tattach(root, codec.NOFID, b"", b"", 0),
                 codec.Txattrwalk(fid, none, b"user.a"),
+                codec.Txattrwalk(fid, root, b"user.a"),
                 codec.Txattrcreate(fid, b"user.a", 2**40, 0),
+                codec.Txattrcreate(none, b"user.a", 4, 0),
                 codec.Twalk(root, none, (b"none",)),
                 codec.Twalk(root, fid, (b"f",)),
                 codec.Tlcreate(root, b"f" * 300, os.O_RDWR, 0o600, 0),
@@ -167,7 +200,7 @@ def growth(work: Callable[[], None]) -> int:
     return left
 
 
-@pytest.mark.parametrize("call", range(7))
+@pytest.mark.parametrize("call", range(8))
 def test_repetition_keeps_nothing(session: Session, call: int) -> None:
     """Neither memory nor a descriptor nor a fid is left of any message, whether it worked or not."""
     (session.served.path / "f").write_text("x" * 100)

@@ -254,9 +254,6 @@ def test_offsets_and_counts_at_the_edge(session: Session) -> None:
 
 
 def test_what_is_not_there_yet_says_so(session: Session) -> None:
-    fid = make(session, b"f")
-    with refused(errno.EOPNOTSUPP):
-        session.client.xattrwalk(fid, b"user.x")
     with pytest.raises(OSError, match="No such file"):
         session.client.auth()
 

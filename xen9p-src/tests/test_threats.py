@@ -182,15 +182,20 @@ def test_sockets_and_block_devices_are_never_opened(session: Session, kind: int)
     assert [e.name for e in session.client.listdir(session.root)] == [b"moved"]
 
 
-def test_a_fid_survives_xattrcreate(session: Session) -> None:
+def test_a_fid_survives_a_refused_xattrcreate(session: Session) -> None:
     session.client.write_file(session.root, b"f", b"content")
     fid = session.client.walk(session.root, b"f")
-    for size in (0, 1, 2**32, 2**64 - 1):
-        with refused(errno.EOPNOTSUPP):
-            session.client.xattrcreate(fid, b"user.a", size)
+    for name, size, err in (
+        (b"user.a", 2**32, errno.E2BIG),
+        (b"user.a", 2**64 - 1, errno.E2BIG),
+        (b"btrfs.compression", 1, errno.EOPNOTSUPP),
+        (b"user." + b"n" * 251, 1, errno.ERANGE),
+    ):
+        with refused(err):
+            session.client.xattrcreate(fid, name, size)
     session.client.lopen(fid)
     assert session.client.read(fid, 0, 100) == b"content"
-    with refused(errno.EOPNOTSUPP):
+    with refused(errno.ENODATA):
         session.client.rpc(codec.Txattrwalk(fid, NEW, b"user.a"))
     with refused(errno.EBADF):
         session.client.rpc(codec.Tclunk(NEW))

@@ -16,7 +16,7 @@ from typing import Any
 
 from xen9p import codec
 from xen9p.codec import Message
-from xen9p.dataplane import DataPlane, Fid, Request, identity, link_fd
+from xen9p.dataplane import DataPlane, Fid, Request, fd_path, identity, link_fd
 from xen9p.errors import ProtocolError
 
 LOG = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _mkdir(device: DataPlane, msg: codec.Tmkdir) -> Message:
         os.mkdir(name, msg.mode & 0o7777, dir_fd=_directory(parent))
         with _made(parent.path_fd, name) as fd:
             if msg.mode & 0o6000:  # mkdir(2) drops the set-id bits
-                os.chmod(f"/proc/self/fd/{fd}", msg.mode & 0o7777)
+                os.chmod(fd_path(fd), msg.mode & 0o7777)
             return codec.Rmkdir(device.qid(fd))
 
 
@@ -187,27 +187,6 @@ def _remove(device: DataPlane, msg: codec.Tremove) -> Message:
     return codec.Rremove()
 
 
-def _lock(device: DataPlane, msg: codec.Tlock) -> Message:
-    # Granted without a look, which keeps locks right inside one guest (its kernel holds them too); locks between
-    # guests come with the real byte-range locks.
-    with device.fid(msg.fid) as target:
-        if not target.is_open:
-            raise _fail(errno.EBADF)
-    return codec.Rlock(codec.LOCK_SUCCESS)
-
-
-def _getlock(device: DataPlane, msg: codec.Tgetlock) -> Message:
-    with device.fid(msg.fid) as target:
-        if not target.is_open:
-            raise _fail(errno.EBADF)
-    return codec.Rgetlock(codec.LOCK_TYPE_UNLCK, msg.start, msg.length, msg.proc_id, msg.client_id)
-
-
-def _no_xattr(device: DataPlane, msg: codec.Txattrwalk | codec.Txattrcreate) -> Message:
-    with device.fid(msg.fid):
-        raise _fail(errno.EOPNOTSUPP)
-
-
 _HANDLERS: dict[type[Message], Callable[[DataPlane, Any], Message]] = {
     codec.Tattach: _attach,
     codec.Tauth: _auth,
@@ -219,8 +198,4 @@ _HANDLERS: dict[type[Message], Callable[[DataPlane, Any], Message]] = {
     codec.Trenameat: _renameat,
     codec.Tunlinkat: _unlinkat,
     codec.Tremove: _remove,
-    codec.Tlock: _lock,
-    codec.Tgetlock: _getlock,
-    codec.Txattrwalk: _no_xattr,
-    codec.Txattrcreate: _no_xattr,
 }

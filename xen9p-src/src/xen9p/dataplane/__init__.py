@@ -317,6 +317,13 @@ def spin_us() -> int:
     return int(lib.x9_spin_us())
 
 
+def fd_path(fd: int) -> bytes:
+    """A path to the file behind a descriptor, whatever its name is by now, for calls that want a path."""
+    path = ffi.new("char[32]")
+    lib.x9_fd_path(fd, path)
+    return bytes(ffi.string(path))
+
+
 def link_fd(fd: int, directory: int, name: bytes) -> None:
     """linkat(2) of an open file (AT_EMPTY_PATH, needs CAP_DAC_READ_SEARCH)."""
     _raise(lib.x9_link_fd(fd, directory, name))

@@ -57,6 +57,7 @@ void x9_fid_put(x9_fid *fid);
 int x9_fid_attach(x9_dev *dev, uint32_t num, uint32_t uid);
 int x9_fid_clunk(x9_dev *dev, uint32_t num);
 int x9_qid(x9_dev *dev, int fd, uint8_t *qid13);
+void x9_fd_path(int fd, char *path32);
 int x9_link_fd(int fd, int dir_fd, const char *name);
 int x9_locate(x9_dev *dev, int fd, char *name256);
 void x9_identity(uint32_t uid, uint32_t gid);

@@ -6,7 +6,7 @@ from pathlib import Path
 import cffi
 
 HERE = Path(__file__).resolve().parent
-UNITS = ("ring.c", "fid.c", "fs.c", "xen.c", "wait.c", "device.c", "front.c", "front_xen.c", "observe.c", "clock.c")
+UNITS = sorted(path.name for path in HERE.glob("*.c"))
 
 # The fields of C's structures that Python reads; the rest is C's own.
 VISIBLE = """
@@ -34,7 +34,7 @@ ffibuilder.set_source(
     '#include "x9.h"',
     sources=[os.path.relpath(HERE / name) for name in UNITS],
     include_dirs=[str(HERE)],
-    depends=[str(HERE / name) for name in ("api.h", "x9.h", "front.h")],
+    depends=[str(path) for path in sorted(HERE.glob("*.h"))],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-pthread"],
     extra_link_args=["-pthread"],
     define_macros=[("_GNU_SOURCE", "1")],

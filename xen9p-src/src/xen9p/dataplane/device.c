@@ -559,15 +559,15 @@ int x9_fid_attach(x9_dev *dev, uint32_t num, uint32_t uid)
 
 /* --- Tflush --- */
 
-/* Returns an errno for the guest, 0 (reply in out), or X9_*. */
-static int flush(struct x9_call *call)
+#define LATE_MOST 1024u
+
+/* Cancels what still waits, or lets Rflush follow the reply of what runs (a system call on a file ends by itself). With no
+ * such request, all has been answered. Returns an errno for the guest, 0 (reply in out), or X9_DONE. */
+static int flush_now(struct x9_call *call, uint16_t old)
 {
     struct x9_dev *dev = call->dev;
     int result = 0;
 
-    if (call->size != X9_HEADER + 2)
-        return X9_MALFORMED;
-    uint16_t old = get16(call->msg + X9_HEADER);
     struct x9_req *gone = NULL;
     pthread_mutex_lock(&dev->lock);
     struct x9_req *req = find_live(dev, old);
@@ -597,6 +597,69 @@ static int flush(struct x9_call *call)
     return result;
 }
 
+/* The request may lie unread in another ring: it was put there before the Tflush, but rings have no order among
+ * themselves. Then Rflush has to wait until the reader is past what lies there now. Returns whether it does. */
+static bool flush_late(struct x9_call *call, uint16_t old)
+{
+    struct x9_dev *dev = call->dev;
+    struct x9_late late = {.tag = call->tag, .old = old, .link = call->link};
+    bool unread = false;
+
+    for (uint32_t i = 0; i < dev->nlinks; i++) {
+        struct x9_link *link = dev->links[i];
+        int64_t have = link == call->link || link->kind == X9_STREAM ? 0 : ring_readable(&link->ring);
+        late.until[i] = link->ring.rx_pos + (have > 0 ? (uint32_t)have : 0);
+        unread = unread || have > 0;
+    }
+    if (!unread || dev->nlate >= LATE_MOST)
+        return false;
+    struct x9_late *more = realloc(dev->late, (dev->nlate + 1) * sizeof *more);
+    if (!more)
+        return false;
+    dev->late = more;
+    more[dev->nlate++] = late;
+    return true;
+}
+
+static bool is_past(const struct x9_dev *dev, const struct x9_late *late)
+{
+    for (uint32_t i = 0; i < dev->nlinks; i++)
+        if (dev->links[i] != late->link && (int32_t)(dev->links[i]->ring.rx_pos - late->until[i]) < 0)
+            return false;
+    return true;
+}
+
+static void answer_late(struct x9_call *call)
+{
+    struct x9_dev *dev = call->dev;
+    uint32_t kept = 0;
+
+    for (uint32_t i = 0; i < dev->nlate; i++) {
+        struct x9_late late = dev->late[i];
+        if (!is_past(dev, &late)) {
+            dev->late[kept++] = late;
+            continue;
+        }
+        call->type = P9_TFLUSH, call->tag = late.tag, call->link = late.link;
+        answer(call, flush_now(call, late.old));
+    }
+    dev->nlate = kept;
+}
+
+static int flush(struct x9_call *call)
+{
+    struct x9_dev *dev = call->dev;
+
+    if (call->size != X9_HEADER + 2)
+        return X9_MALFORMED;
+    uint16_t old = get16(call->msg + X9_HEADER);
+    pthread_mutex_lock(&dev->lock);
+    const struct x9_req *req = find_live(dev, old);
+    bool here = req && !req->replying;
+    pthread_mutex_unlock(&dev->lock);
+    return !here && dev->nlinks > 1 && flush_late(call, old) ? X9_DONE : flush_now(call, old);
+}
+
 /* --- the reader --- */
 
 /* Answers one message or sees to it that somebody will. */
@@ -620,6 +683,8 @@ static void dispatch(struct x9_call *call)
         finish(dev, X9_PROTOCOL, "tag %u is in use already", call->tag);
         return;
     }
+    if (call->type == P9_TVERSION)
+        dev->nlate = 0; /* nothing of the old session may follow Rversion */
     if (!fs_is_known(call->type))
         result = EOPNOTSUPP;
     else if (!dev->msize && call->type != P9_TVERSION)
@@ -768,6 +833,8 @@ int x9_dev_run(x9_dev *dev)
             struct x9_link *link = dev->links[i];
             taken += link->kind == X9_STREAM ? serve_stream(link, call) : serve_ring(link, call);
         }
+        if (dev->nlate)
+            answer_late(call);
         if (taken) {
             spin_found(&spin, dev->config.spin_us);
             if (__atomic_load_n(&dev->room_waiters, __ATOMIC_RELAXED))
@@ -811,6 +878,7 @@ x9_dev *x9_dev_new(const x9_config *config)
     dev->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     dev->buf = malloc(config->max_msize);
     pthread_mutex_init(&dev->lock, NULL);
+    pthread_mutex_init(&dev->locks.lock, NULL);
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_cond_init(&dev->pool.more, &clock);
@@ -922,6 +990,7 @@ void x9_dev_free(x9_dev *dev)
         close(dev->gnt_fd);
     if (dev->stop_fd >= 0)
         close(dev->stop_fd);
+    free(dev->late);
     free(dev->buf);
     free(dev);
 }

@@ -14,13 +14,14 @@ int fids_init(struct x9_fids *fids, uint32_t max)
     return fids->buckets ? 0 : ENOMEM;
 }
 
-/* Takes over path_fd, also when it fails (returns NULL). */
+/* Takes over path_fd (-1: there is none), also when it fails (returns NULL). */
 struct x9_fid *fid_new(uint32_t num, int path_fd, uint32_t format, uint32_t uid)
 {
     struct x9_fid *fid = calloc(1, sizeof *fid);
 
     if (!fid) {
-        close(path_fd);
+        if (path_fd >= 0)
+            close(path_fd);
         return NULL;
     }
     fid->num = num, fid->path_fd = path_fd, fid->io_fd = -1, fid->format = format, fid->uid = uid, fid->refs = 1;
@@ -32,9 +33,14 @@ void fid_put(struct x9_fid *fid)
 {
     if (__atomic_sub_fetch(&fid->refs, 1, __ATOMIC_ACQ_REL))
         return;
+    if (fid->locks)
+        locks_forget(fid);
+    if (fid->xattr)
+        xattr_free(fid->xattr);
     if (fid->io_fd >= 0 && fid->io_fd != fid->path_fd)
         close(fid->io_fd);
-    close(fid->path_fd);
+    if (fid->path_fd >= 0)
+        close(fid->path_fd);
     pthread_mutex_destroy(&fid->lock);
     free(fid);
 }
@@ -48,16 +54,23 @@ static struct x9_fid **find(struct x9_fids *fids, uint32_t num)
     return at;
 }
 
-/* A new reference, or NULL. */
-struct x9_fid *fids_get(struct x9_fids *fids, uint32_t num)
+static struct x9_fid *get(struct x9_fids *fids, uint32_t num, bool xattr)
 {
     pthread_mutex_lock(&fids->lock);
     struct x9_fid *fid = *find(fids, num);
-    if (fid)
+    if (fid && (fid->xattr != NULL) == xattr)
         __atomic_add_fetch(&fid->refs, 1, __ATOMIC_RELAXED);
+    else
+        fid = NULL;
     pthread_mutex_unlock(&fids->lock);
     return fid;
 }
+
+/* A new reference to a file's fid, or NULL. */
+struct x9_fid *fids_get(struct x9_fids *fids, uint32_t num) { return get(fids, num, false); }
+
+/* A new reference to an extended attribute's fid, or NULL: no message but Tread, Twrite and Tclunk takes those. */
+struct x9_fid *fids_get_xattr(struct x9_fids *fids, uint32_t num) { return get(fids, num, true); }
 
 bool fids_has(struct x9_fids *fids, uint32_t num)
 {
@@ -127,7 +140,8 @@ int fids_swap(struct x9_fids *fids, struct x9_fid *old, struct x9_fid *fid)
     return err;
 }
 
-int fids_drop(struct x9_fids *fids, uint32_t num)
+/* Takes a fid out of the table; the table's reference is the caller's now. NULL: there is no such fid. */
+struct x9_fid *fids_take(struct x9_fids *fids, uint32_t num)
 {
     pthread_mutex_lock(&fids->lock);
     struct x9_fid **at = find(fids, num), *fid = *at;
@@ -136,6 +150,13 @@ int fids_drop(struct x9_fids *fids, uint32_t num)
         fids->count--;
     }
     pthread_mutex_unlock(&fids->lock);
+    return fid;
+}
+
+int fids_drop(struct x9_fids *fids, uint32_t num)
+{
+    struct x9_fid *fid = fids_take(fids, num);
+
     if (!fid)
         return EBADF;
     fid_put(fid);

@@ -3,7 +3,7 @@
  * Names go through openat2(2) one component at a time, beneath the descriptor they start from, and symlinks are
  * never followed: only the guest resolves them. A file is looked at before it is opened, so that a FIFO or a device
  * node is never opened here. A handler that might sleep returns X9_LATER unless call->may_block. */
-#include "x9.h"
+#include "msg.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -25,35 +25,6 @@ enum {
 };
 #define GETATTR_BASIC UINT64_C(0x7ff)
 #define GETATTR_BTIME UINT64_C(0x800)
-
-/* --- reading a message --- */
-
-struct cursor {
-    const uint8_t *at, *end;
-    bool bad;
-};
-
-static struct cursor body(const struct x9_call *call)
-{
-    return (struct cursor){call->msg + X9_HEADER, call->msg + call->size, false};
-}
-
-static const uint8_t *take(struct cursor *c, size_t n)
-{
-    static const uint8_t zeros[8];
-
-    if (c->bad || (size_t)(c->end - c->at) < n) {
-        c->bad = true;
-        return zeros;
-    }
-    c->at += n;
-    return c->at - n;
-}
-
-static uint16_t take16(struct cursor *c) { return get16(take(c, 2)); }
-static uint32_t take32(struct cursor *c) { return get32(take(c, 4)); }
-static uint64_t take64(struct cursor *c) { return get64(take(c, 8)); }
-static bool complete(const struct cursor *c) { return !c->bad && c->at == c->end; }
 
 /* Copies a file name to name[X9_NAME_MAX + 1]. Returns 0 or the errno for a name that no directory can hold. */
 static int take_name(struct cursor *c, char *name)
@@ -96,12 +67,20 @@ static int open_beneath(int dir, const char *name, uint64_t flags, uint64_t mode
     return -EAGAIN;
 }
 
-/* A second, usable descriptor of the file behind an O_PATH one. The type has been looked at before. */
-static int reopen(int fd, int flags)
-{
-    char path[32];
+/* The one way to the file behind a descriptor where the kernel wants a path: a link that leads to the file itself,
+ * whatever its name is by now, and to a symlink and not beyond. For reopening, chmod, truncate, xattrs, and to read where
+ * a file is. Whoever takes /proc from a worker changes this function. */
+void fd_path(char path[X9_FD_PATH], int fd) { snprintf(path, X9_FD_PATH, "/proc/self/fd/%d", fd); }
 
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+/* For Python: at least X9_FD_PATH bytes. */
+void x9_fd_path(int fd, char *path) { fd_path(path, fd); }
+
+/* A second, usable descriptor of the file behind an O_PATH one; the type has been looked at before. Returns -errno. */
+int fs_reopen(int fd, int flags)
+{
+    char path[X9_FD_PATH];
+
+    fd_path(path, fd);
     int io = open(path, flags | O_CLOEXEC | O_NOCTTY);
     return io < 0 ? -errno : io;
 }
@@ -151,14 +130,14 @@ static bool is_root(const struct x9_dev *dev, int fd)
  * There is no race to win: the name is checked to lead to the same inode. Returns a descriptor or -errno. */
 int x9_locate(x9_dev *dev, int fd, char *name256)
 {
-    char link[32], path[PATH_MAX + 16], root[PATH_MAX + 16];
+    char link[X9_FD_PATH], path[PATH_MAX + 16], root[PATH_MAX + 16];
     struct stat want, got;
 
     if (is_root(dev, fd))
         return -EBUSY;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    fd_path(link, fd);
     ssize_t n = readlink(link, path, sizeof path - 1);
-    snprintf(link, sizeof link, "/proc/self/fd/%d", dev->config.root_fd);
+    fd_path(link, dev->config.root_fd);
     ssize_t r = readlink(link, root, sizeof root - 1);
     if (n <= 0 || r <= 0 || n >= PATH_MAX || r >= PATH_MAX)
         return -ENAMETOOLONG;
@@ -209,13 +188,6 @@ int x9_keep_capabilities(void)
 }
 
 /* --- handlers: 0 (reply in call->out after the header), an errno, or X9_* --- */
-
-static uint8_t *reply(struct x9_call *call, uint32_t len)
-{
-    call->out_len = X9_HEADER + len;
-    put_header(call->out, call->out_len, (uint8_t)(call->type + 1), call->tag);
-    return call->out + X9_HEADER;
-}
 
 static int h_version(struct x9_call *call)
 {
@@ -383,7 +355,7 @@ static int h_setattr(struct x9_call *call)
     uint32_t num = take32(&c), valid = take32(&c), mode = take32(&c), uid = take32(&c), gid = take32(&c);
     uint64_t size = take64(&c);
     struct timespec times[2];
-    char path[32];
+    char path[X9_FD_PATH];
     int err = 0;
 
     for (int i = 0; i < 2; i++) {
@@ -397,7 +369,7 @@ static int h_setattr(struct x9_call *call)
     struct x9_fid *fid = fids_get(&call->dev->fids, num);
     if (!fid)
         return EBADF;
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fid->path_fd);
+    fd_path(path, fid->path_fd);
     x9_identity(0, 0);
     if (valid & (SET_UID | SET_GID))
         if (fchownat(fid->path_fd, "", valid & SET_UID ? uid : (uid_t)-1, valid & SET_GID ? gid : (gid_t)-1, AT_EMPTY_PATH))
@@ -458,14 +430,14 @@ static int open_for_io(struct x9_call *call, int fd, uint32_t format, uint32_t w
     if (format == S_IFLNK)
         return -ELOOP;
     if (format == S_IFDIR)
-        return (flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC) ? -EISDIR : reopen(fd, O_RDONLY | O_DIRECTORY);
+        return (flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC) ? -EISDIR : fs_reopen(fd, O_RDONLY | O_DIRECTORY);
     if (format != S_IFREG)
         return -EPERM; /* devices, FIFOs and sockets are the guest's to open, not the server's */
     if (wire & O_DIRECTORY)
         return -ENOTDIR;
     if (dev->config.readonly && ((flags & O_ACCMODE) != O_RDONLY || (flags & O_TRUNC)))
         return -EROFS;
-    return reopen(fd, flags);
+    return fs_reopen(fd, flags);
 }
 
 static int h_lopen(struct x9_call *call)
@@ -546,8 +518,8 @@ static int h_lcreate(struct x9_call *call)
     return err;
 }
 
-/* Appends nothing and leaves *fd alone on error. */
-static int open_fid(struct x9_call *call, uint32_t num, uint32_t format, struct x9_fid **out)
+/* A reference to an open fid, of that format if one is given; *out stays as it is on error. */
+int open_fid(struct x9_call *call, uint32_t num, uint32_t format, struct x9_fid **out)
 {
     struct x9_fid *fid = fids_get(&call->dev->fids, num);
 
@@ -626,7 +598,7 @@ static int h_read(struct x9_call *call)
     if (count > call->dev->msize - X9_READ_HEADER)
         count = call->dev->msize - X9_READ_HEADER;
     if ((err = open_fid(call, num, S_IFREG, &fid)))
-        return err;
+        return err == EBADF ? xattr_read(call, num, offset, count) : err;
     if (offset > (uint64_t)INT64_MAX - count) {
         fid_put(fid);
         return EINVAL;
@@ -701,7 +673,7 @@ static int h_write(struct x9_call *call)
     if (count != call->size - X9_WRITE_HEADER)
         return X9_MALFORMED;
     if ((err = open_fid(call, num, S_IFREG, &fid)))
-        return err;
+        return err == EBADF ? xattr_write(call, num, offset, count) : err;
     if (offset > (uint64_t)INT64_MAX - count)
         err = EFBIG;
     bool chance = !call->may_block && fid->plain_write && take_chance(call);
@@ -818,7 +790,6 @@ static int h_clunk(struct x9_call *call)
 {
     struct cursor c = body(call);
     uint32_t num = take32(&c);
-
     struct stat st;
 
     if (!complete(&c))
@@ -826,13 +797,18 @@ static int h_clunk(struct x9_call *call)
     if (!call->may_block) {
         struct x9_fid *fid = fids_get(&call->dev->fids, num);
         /* The last of an unlinked file: closing it frees its extents, however many they are. */
-        bool last = fid && fid->format == S_IFREG && !fstatat(fid->path_fd, "", &st, AT_EMPTY_PATH) && !st.st_nlink;
+        bool slow = fid ? fid->format == S_IFREG && !fstatat(fid->path_fd, "", &st, AT_EMPTY_PATH) && !st.st_nlink
+                        : xattr_is_to_set(call->dev, num);
         if (fid)
             fid_put(fid);
-        if (last)
+        if (slow)
             return X9_LATER;
     }
-    int err = fids_drop(&call->dev->fids, num);
+    struct x9_fid *fid = fids_take(&call->dev->fids, num);
+    if (!fid)
+        return EBADF;
+    int err = fid->xattr ? xattr_end(fid) : 0;
+    fid_put(fid);
     if (!err)
         reply(call, 0);
     return err;
@@ -937,10 +913,10 @@ static const struct {
     [P9_TSYMLINK] = {NULL, COLD | MUTATES},
     [P9_TMKNOD] = {NULL, COLD | MUTATES},
     [P9_TRENAME] = {NULL, COLD | MUTATES},
-    [P9_TXATTRWALK] = {NULL, COLD},
-    [P9_TXATTRCREATE] = {NULL, COLD | MUTATES},
-    [P9_TLOCK] = {NULL, COLD},
-    [P9_TGETLOCK] = {NULL, COLD},
+    [P9_TXATTRWALK] = {h_xattrwalk, HOT},
+    [P9_TXATTRCREATE] = {h_xattrcreate, HOT | MUTATES},
+    [P9_TLOCK] = {h_lock, HOT},
+    [P9_TGETLOCK] = {h_getlock, HOT},
     [P9_TLINK] = {NULL, COLD | MUTATES},
     [P9_TMKDIR] = {NULL, COLD | MUTATES},
     [P9_TRENAMEAT] = {NULL, COLD | MUTATES},

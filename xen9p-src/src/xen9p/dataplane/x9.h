@@ -60,6 +60,7 @@ enum {
 #define X9_NAME_MAX 255u
 #define X9_MIN_MSIZE 4096u
 #define X9_SMALL 8192u /* largest reply that is not file or directory data */
+#define X9_FD_PATH 32u
 #define X9_MAX_RINGS 8u
 #define X9_MAX_ORDER 9u /* what we publish as max-ring-page-order */
 
@@ -119,6 +120,9 @@ void ring_publish(struct x9_ring *ring, uint32_t len);
 
 /* --- fids --- */
 
+struct x9_xattr;
+struct x9_locks;
+
 struct x9_fid {
     uint32_t num;
     int path_fd;
@@ -129,7 +133,9 @@ struct x9_fid {
     bool plain_read, plain_write; /* RWF_NOWAIT leads nowhere here: leave it to the pool at once */
     uint64_t dir_pos;
     uint64_t stream_end, stream_sent; /* a sequential writer: where it is, and up to where writeback has been started */
-    pthread_mutex_t lock; /* Tlopen's change of state, and the position of a directory stream */
+    pthread_mutex_t lock; /* Tlopen's change of state, the position of a directory stream, what came for an xattr */
+    struct x9_xattr *xattr; /* this fid is an extended attribute and no file; from its making to its end */
+    struct x9_locks *locks; /* where locks that were taken through this fid are, if there were any */
     struct x9_fid *next;
 };
 
@@ -147,6 +153,8 @@ struct x9_fid *fids_get(struct x9_fids *fids, uint32_t num);
 bool fids_has(struct x9_fids *fids, uint32_t num);
 int fids_add(struct x9_fids *fids, struct x9_fid *fid);
 int fids_swap(struct x9_fids *fids, struct x9_fid *old, struct x9_fid *fid);
+struct x9_fid *fids_get_xattr(struct x9_fids *fids, uint32_t num);
+struct x9_fid *fids_take(struct x9_fids *fids, uint32_t num);
 int fids_drop(struct x9_fids *fids, uint32_t num);
 void fid_put(struct x9_fid *fid);
 
@@ -185,6 +193,13 @@ struct x9_mark {
 
 enum x9_kind { X9_XEN, X9_MEMORY, X9_STREAM };
 
+/* The byte-range locks that one peer holds; see locks.c. */
+struct x9_locks {
+    pthread_mutex_t lock;
+    struct x9_owner *owners;
+    uint32_t nowners, nranges, nlinks;
+};
+
 /* A way to the peer: one ring pair, or one byte stream. Replies go back on the link of their request. */
 struct x9_link {
     struct x9_dev *dev;
@@ -212,6 +227,13 @@ struct x9_stream {
 struct x9_flush {
     uint16_t tag;
     struct x9_link *link;
+};
+
+/* A Tflush that waits for the reader to reach a place in each of the other rings. */
+struct x9_late {
+    uint16_t tag, old;
+    struct x9_link *link;
+    uint32_t until[X9_MAX_RINGS];
 };
 
 struct x9_req {
@@ -242,6 +264,8 @@ struct x9_dev {
     uint64_t root_dev, root_ino;
     uint32_t msize; /* 0 until Tversion */
     struct x9_fids fids;
+    struct x9_locks locks;
+    uint32_t xattr_fids, xattr_bytes; /* atomic */
     struct x9_link *links[X9_MAX_RINGS];
     uint32_t nlinks;
     int gnt_fd, evt_fd, stop_fd;
@@ -262,6 +286,8 @@ struct x9_dev {
     bool stop;  /* everybody out */
     bool drain; /* take nothing new, finish what is here */
     uint64_t slow_until; /* the reader's: us until which it leaves all writes to the pool */
+    struct x9_late *late; /* the reader's */
+    uint32_t nlate;
     uint8_t *buf; /* the reader's: msize bytes */
     uint64_t requests, read_bytes, written_bytes, errors, by_type[128];
 
@@ -320,6 +346,21 @@ bool fs_is_cold(uint8_t type);
 bool fs_is_known(uint8_t type);
 bool fs_wants_pool(uint8_t type);
 int fs_qid(struct x9_dev *dev, int fd, uint8_t *qid, uint32_t *format);
+int fs_reopen(int fd, int flags);
+int open_fid(struct x9_call *call, uint32_t num, uint32_t format, struct x9_fid **out);
+void fd_path(char path[X9_FD_PATH], int fd);
+
+int h_xattrwalk(struct x9_call *call);
+int h_xattrcreate(struct x9_call *call);
+int xattr_read(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t count);
+int xattr_write(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t count);
+bool xattr_is_to_set(struct x9_dev *dev, uint32_t num);
+int xattr_end(struct x9_fid *fid);
+void xattr_free(struct x9_xattr *xattr);
+
+int h_lock(struct x9_call *call);
+int h_getlock(struct x9_call *call);
+void locks_forget(struct x9_fid *fid);
 
 int link_wait_room(struct x9_link *link, uint32_t len);
 void link_notify(struct x9_link *link);

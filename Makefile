@@ -42,6 +42,12 @@ bench-quick: ## our backend and QEMU's side by side, on the lab that stands
 	@tools/bootstrap check
 	@$(PLAYBOOK) playbooks/bench.yml $(ARGS)
 
+.PHONY: sanitize
+sanitize: ## the unit tests on the C data plane built with sanitizers: address and undefined, then thread
+	@tools/bootstrap check
+	@$(PYTHON) tools/sanitize.py --kind address $(ARGS)
+	@$(PYTHON) tools/sanitize.py --kind thread --quick $(ARGS)
+
 .PHONY: docs
 docs: ## build the documentation into site/
 	@tools/bootstrap check

@@ -1,0 +1,1 @@
+def fuzz(seed,lives): return "todo"

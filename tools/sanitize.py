@@ -81,7 +81,9 @@ def pytest_command(library: Path, tests: Sequence[str]) -> list[str]:
 def main() -> int:
     """Build, run the tests, and return their exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kind", choices=sorted(FLAGS), default="address", help="which sanitizer; default: %(default)s")
+    parser.add_argument(
+        "--kind", choices=sorted(FLAGS), default="address", help="which sanitizer; default: %(default)s"
+    )
     parser.add_argument("--quick", action="store_true", help="only the tests that run C for the most part")
     options, rest = parser.parse_known_args()
     library = build(options.kind)

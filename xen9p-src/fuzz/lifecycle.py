@@ -1,1 +1,2 @@
-def fuzz(seed,lives): return "todo"
+def fuzz(seed, lives):
+    return "todo"

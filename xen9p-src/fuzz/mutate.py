@@ -107,7 +107,11 @@ class Mutator:
         if not isinstance(step, Send):
             return steps
         tag = self.chance.choice((0, 1, codec.NOTAG, self.chance.randrange(40)))
-        return [*steps[:at], Send(step.ring, step.data[:5] + tag.to_bytes(2, "little") + step.data[7:]), *steps[at + 1 :]]
+        return [
+            *steps[:at],
+            Send(step.ring, step.data[:5] + tag.to_bytes(2, "little") + step.data[7:]),
+            *steps[at + 1 :],
+        ]
 
     def _type(self, steps: list[Step]) -> list[Step]:
         at = self._somewhere(steps)
@@ -162,7 +166,11 @@ class Mutator:
         """A Tversion in the middle of everything."""
         at = self._somewhere(steps)
         message = codec.Tversion(self.chance.choice((0, 4095, 4096, 8192, 2**32 - 1)), self.chance.choice(NAMES[-9:-5]))
-        return [*steps[: max(at, 0)], Send(self.chance.randrange(2), codec.encode(message, codec.NOTAG)), *steps[max(at, 0) :]]
+        return [
+            *steps[: max(at, 0)],
+            Send(self.chance.randrange(2), codec.encode(message, codec.NOTAG)),
+            *steps[max(at, 0) :],
+        ]
 
     def _break_ring(self, steps: list[Step]) -> list[Step]:
         at = self._somewhere(steps)
@@ -171,7 +179,9 @@ class Mutator:
             return steps
         for _ in range(self.chance.randint(1, 4)):
             offset = self.chance.choice((IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, OUT_PROD, RING_ORDER))
-            poke = Poke(step.ring, self.chance.randrange(30), bytes([self.chance.randrange(256)]) * self.chance.randint(1, 4))
+            poke = Poke(
+                step.ring, self.chance.randrange(30), bytes([self.chance.randrange(256)]) * self.chance.randint(1, 4)
+            )
             index = Index(step.ring, offset, self.chance.choice((*NUMBERS, self.chance.randrange(2**17))) % 2**32)
             steps.insert(at + 1, self.chance.choice((poke, poke, index)))
         return steps

@@ -12,6 +12,7 @@ COVER = Cover()  # before anything imports the data plane
 
 from fuzz import lifecycle, protocol  # noqa: E402
 from fuzz.steps import from_text  # noqa: E402
+from fuzz.target import FindingError  # noqa: E402
 
 FINDINGS = Path(__file__).resolve().parents[1] / "build" / "findings"
 
@@ -32,7 +33,12 @@ def main() -> int:
             parser.error(f"{options.replay}: {error}")
         print(finding.what if finding else "nothing is found")
         return 1 if finding else 0
-    print(f"lives: {lifecycle.fuzz(seed=options.seed, lives=options.lives)}", flush=True)
+    try:
+        lives, events = lifecycle.fuzz(seed=options.seed, lives=options.lives)
+    except FindingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"lives: {lives} devices, {events} events", flush=True)
     totals, finding = protocol.fuzz(
         seed=options.seed,
         messages=options.messages,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from fuzz.steps import Conversation, Index, Poke, Send, Step, Wait
 from xen9p import codec
@@ -14,14 +14,14 @@ from xen9p.transport.memory import IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, RING_OR
 
 # fmt: off
 NUMBERS = (
-    0, 1, 2, 3, 6, 7, 8, 15, 16, 17, 100, 255, 256, 4095, 4096, 8191, 16384, 16385, 65535, 65536, 2**24, 2**31 - 1, 2**31,
-    2**32 - 5, 2**32 - 2, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 0o40777, 0o100644, 0o10600, 0o20600, 0o120777,
-    0x40, 0x200, 0x241, 0x4000, 0x10000, 0x410000,
+    0, 1, 2, 3, 6, 7, 8, 15, 16, 17, 100, 255, 256, 4095, 4096, 8191, 16384, 16385, 65535, 65536, 2**24, 2**31 - 1,
+    2**31, 2**32 - 5, 2**32 - 2, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 0o40777, 0o100644, 0o10600, 0o20600,
+    0o120777, 0x40, 0x200, 0x241, 0x4000, 0x10000, 0x410000,
 )
 NAMES = (
-    b"", b".", b"..", b"/", b"a/b", b"../..", b"f", b"d", b"e", b"g", b"t", b"new", b"link", b"up", b"fifo", b"none", b"\0",
-    b"a\0b", b"x" * 255, b"x" * 256, b"y" * 4095, b"/proc/self/root", b"\xff\xfe", b"9P2000.L", b"9P2000", b"user.a",
-    b"security.capability", b"system.posix_acl_access", b"canary", b"../canary",
+    b"", b".", b"..", b"/", b"a/b", b"../..", b"f", b"d", b"e", b"g", b"t", b"new", b"link", b"up", b"fifo", b"none",
+    b"\0", b"a\0b", b"x" * 255, b"x" * 256, b"y" * 4095, b"/proc/self/root", b"\xff\xfe", b"9P2000.L",
+    b"9P2000", b"user.a", b"security.capability", b"system.posix_acl_access", b"canary", b"../canary",
 )
 # fmt: on
 FIDS = (0, 1, 2, 3, 4, 5, 90, codec.NOFID)
@@ -69,7 +69,7 @@ class Mutator:
             tag, message = codec.decode(step.data)
             name = self.chance.choice([name for name, _ in message._plan])
             value = self._value(name, getattr(message, name))
-            data = codec.encode(replace(message, **{name: value}), tag)
+            data = codec.encode(replace(cast(Any, message), **{name: value}), tag)
         except (Xen9pError, ValueError, OverflowError, IndexError, TypeError, AttributeError):
             return self._bytes(steps)  # not a message any more, or none with such a field
         return [*steps[:at], Send(step.ring, data), *steps[at + 1 :]]
@@ -164,13 +164,10 @@ class Mutator:
 
     def _session(self, steps: list[Step]) -> list[Step]:
         """A Tversion in the middle of everything."""
-        at = self._somewhere(steps)
-        message = codec.Tversion(self.chance.choice((0, 4095, 4096, 8192, 2**32 - 1)), self.chance.choice(NAMES[-9:-5]))
-        return [
-            *steps[: max(at, 0)],
-            Send(self.chance.randrange(2), codec.encode(message, codec.NOTAG)),
-            *steps[max(at, 0) :],
-        ]
+        at = max(self._somewhere(steps), 0)
+        msize = self.chance.choice((0, 4095, 4096, 8192, 2**32 - 1))
+        message = codec.Tversion(msize, self.chance.choice((codec.VERSION, b"9P2000.L.more", b"9P2000", b"")))
+        return [*steps[:at], Send(self.chance.randrange(2), codec.encode(message, codec.NOTAG)), *steps[at:]]
 
     def _break_ring(self, steps: list[Step]) -> list[Step]:
         at = self._somewhere(steps)
@@ -179,9 +176,8 @@ class Mutator:
             return steps
         for _ in range(self.chance.randint(1, 4)):
             offset = self.chance.choice((IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, OUT_PROD, RING_ORDER))
-            poke = Poke(
-                step.ring, self.chance.randrange(30), bytes([self.chance.randrange(256)]) * self.chance.randint(1, 4)
-            )
+            data = bytes([self.chance.randrange(256)]) * self.chance.randint(1, 4)
+            poke = Poke(step.ring, self.chance.randrange(30), data)
             index = Index(step.ring, offset, self.chance.choice((*NUMBERS, self.chance.randrange(2**17))) % 2**32)
             steps.insert(at + 1, self.chance.choice((poke, poke, index)))
         return steps

@@ -38,8 +38,8 @@ class Totals:
         """One line for people."""
         rate = self.messages / self.seconds if self.seconds else 0
         return (
-            f"{self.messages} messages in {self.conversations} conversations, {self.ended} of them ended by the server, "
-            f"{self.edges} edges, corpus of {self.corpus}, {self.seconds:.0f} s, {rate:.0f} messages/s"
+            f"{self.messages} messages in {self.conversations} conversations, {self.ended} of them ended by the server,"
+            f" {self.edges} edges, corpus of {self.corpus}, {self.seconds:.0f} s, {rate:.0f} messages/s"
         )
 
 

@@ -23,9 +23,7 @@ def has_capability(number: int) -> bool:
     return bool(int(fields["CapEff"], 16) >> number & 1)
 
 
-needs_admin = pytest.mark.skipif(
-    not has_capability(CAP_SYS_ADMIN), reason="a mount namespace takes CAP_SYS_ADMIN (root)"
-)
+needs_admin = pytest.mark.skipif(not has_capability(CAP_SYS_ADMIN), reason="a mount namespace takes CAP_SYS_ADMIN")
 
 
 def confine(path: Path, readonly: bool = False) -> int:

@@ -298,7 +298,7 @@ def test_an_export_that_is_no_directory(tmp_path: Path, what: str) -> None:
 def test_a_worker_that_cannot_begin_says_why(tmp_path: Path) -> None:
     """The real worker, by the zygote's own function: its socket is there before it is shut in, and heard after."""
     path = tmp_path / "worker.sock"
-    request = {name: "x" for name in worker.HELLO_FIELDS} | {"domid": 1, "devid": 0, "path": str(tmp_path / "none")}
+    request = dict.fromkeys(worker.HELLO_FIELDS, "x") | {"domid": 1, "devid": 0, "path": str(tmp_path / "none")}
     request |= {"socket": str(path), "readonly": False}
     pid = zygote.spawn(request, worker.main)
     with socket.socket(socket.AF_UNIX) as sock:

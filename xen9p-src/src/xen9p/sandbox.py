@@ -86,7 +86,7 @@ def shut(export_fd: int, readonly: bool) -> list[str]:
 
 
 def confine_server(path: str, readonly: bool, address: tuple[str, int] | str) -> list[str]:
-    """What of that a server on a socket can do without root, and with its export at its place; what is missing, in words.
+    """What of that a server on a socket can do, without root and its export at its place; what is missing, in words.
 
     Args:
         path: the export.

@@ -25,8 +25,8 @@ NAMES = (
 )
 # fmt: on
 FIDS = (0, 1, 2, 3, 4, 5, 90, codec.NOFID)
-MOST_STEPS = 120
-MOST_BYTES = 40_000
+MOST_STEPS = 600
+MOST_BYTES = 200_000
 
 
 class Mutator:
@@ -40,10 +40,15 @@ class Mutator:
     def __init__(self, chance: random.Random, corpus: list[Conversation]) -> None:
         self.chance = chance
         self.corpus = corpus
+        self.short: list[Conversation] = []
+        """Those that the server ends: of interest, but little follows from them."""
 
     def next(self) -> Conversation:
         """A conversation that differs from one of the corpus in a few places."""
-        steps = list(self.chance.choice(self.corpus))
+        short = self.short and self.chance.random() < 0.15
+        steps = list(self.chance.choice(self.short if short else self.corpus))
+        for _ in range(self.chance.choice((0, 0, 1, 3))):
+            steps += self._moved(self.chance.choice(self.corpus))
         if self.chance.random() < 0.6:  # all at once, but for the handshake
             steps = steps[:4] + [step for step in steps[4:] if not isinstance(step, Wait)]
         for _ in range(self.chance.choice((1, 1, 2, 3, 5, 8))):
@@ -128,20 +133,25 @@ class Mutator:
     def _again(self, steps: list[Step]) -> list[Step]:
         """A stretch twice; its tags differ, so that it is no protocol error at once."""
         at = self._somewhere(steps)
-        some = [self._shifted(step) for step in steps[at : at + self.chance.randint(1, 8)]]
+        some = self._moved(steps[at : at + self.chance.randint(1, 8)])
         to = self.chance.randrange(len(steps) + 1)
         return [*steps[:to], *some, *steps[to:]]
 
-    def _shifted(self, step: Step) -> Step:
-        if not isinstance(step, Send) or len(step.data) < codec.HEADER_SIZE:
-            return step
-        tag = (int.from_bytes(step.data[5:7], "little") + 1000) % codec.NOTAG
-        return Send(step.ring, step.data[:5] + tag.to_bytes(2, "little") + step.data[7:])
+    def _moved(self, steps: Sequence[Step]) -> list[Step]:
+        """The same with other tags: one that is in use already would end the device at once."""
+        by = self.chance.randrange(60000)
+        moved: list[Step] = []
+        for step in steps:
+            if isinstance(step, Send) and len(step.data) >= codec.HEADER_SIZE:
+                tag = (int.from_bytes(step.data[5:7], "little") + by) % codec.NOTAG
+                step = Send(step.ring, step.data[:5] + tag.to_bytes(2, "little") + step.data[7:])  # noqa: PLW2901
+            moved.append(step)
+        return moved
 
     def _splice(self, steps: list[Step]) -> list[Step]:
         other = self.chance.choice(self.corpus)
         at, since = self._somewhere(steps), self.chance.randrange(len(other) + 1)
-        return [*steps[: max(at, 0)], *map(self._shifted, other[since:]), *steps[max(at, 0) :]]
+        return [*steps[: max(at, 0)], *self._moved(other[since:]), *steps[max(at, 0) :]]
 
     def _swap(self, steps: list[Step]) -> list[Step]:
         first, second = self._somewhere(steps), self._somewhere(steps)
@@ -185,8 +195,8 @@ class Mutator:
 
 _REQUESTS = tuple(kind for kind in codec.MESSAGES if kind % 2 == 0)
 _MUTATIONS: tuple[Callable[[Mutator, list[Step]], list[Step]], ...] = (
-    Mutator._field, Mutator._field, Mutator._field, Mutator._field, Mutator._bytes, Mutator._tag, Mutator._type,
-    Mutator._drop, Mutator._again, Mutator._splice, Mutator._swap, Mutator._flush, Mutator._ring, Mutator._session,
+    *[Mutator._field] * 10, Mutator._bytes, Mutator._tag, Mutator._type, *[Mutator._drop] * 2, *[Mutator._again] * 2,
+    *[Mutator._splice] * 2, *[Mutator._swap] * 2, *[Mutator._flush] * 2, *[Mutator._ring] * 2, *[Mutator._session] * 2,
 )  # fmt: skip
 
 

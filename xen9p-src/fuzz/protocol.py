@@ -78,6 +78,7 @@ def fuzz(
     *, seed: int, messages: int, seconds: float, cover: Cover, say: Callable[[str], None] = lambda _: None
 ) -> tuple[Totals, Finding | None]:
     """Runs until so many messages or seconds are over, or something is found."""
+    sys.setswitchinterval(0.0002)  # the server's Python threads and ours take turns all the time
     totals = Totals()
     target = Target(Path(tempfile.mkdtemp(prefix="xen9p-fuzz-")))
     corpus = record_all(target)
@@ -104,9 +105,9 @@ def fuzz(
                 finding = Finding(str(error), conversation)
                 break
             if cover.take():
-                corpus.append(conversation)
+                (mutator.short if outcome.verdict else corpus).append(conversation)
             totals.seconds = time.monotonic() - began
-            totals.corpus, totals.edges = len(corpus), cover.total()
+            totals.corpus, totals.edges = len(corpus) + len(mutator.short), cover.total()
             if time.monotonic() - said > REPORT:
                 said = time.monotonic()
                 say(totals.line())

@@ -8,10 +8,11 @@ import shutil
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz.steps import Conversation, Index, Poke, Send, Wait, is_strict
+from fuzz.steps import Conversation, Index, Poke, Send, Step, Wait, is_strict
 from xen9p import codec, server
 from xen9p.dataplane import DataPlane, Limits, Verdict
 from xen9p.errors import ProtocolError
@@ -20,6 +21,7 @@ from xen9p.transport.memory import IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, MemoryR
 RINGS = 2
 ORDER = 4
 MAX_MSIZE = 1 << (ORDER + 10)
+BATCH = 1 << (ORDER + 10)
 PATIENCE = 10.0  # seconds until an answer that is due counts as missing
 LIMITS = Limits(max_fids=64, max_queued=16, pool_threads=2, python_threads=2, spin_us=0)
 SECRET = b"5d1f0c7e-what-no-guest-may-see"
@@ -145,7 +147,7 @@ class _Run:
         return self.outcome
 
     def _talk(self) -> None:
-        for step in self.conversation:
+        for step in batched(self.conversation) if self.strict else self.conversation:
             if self.done:
                 return
             if isinstance(step, Wait):
@@ -226,7 +228,7 @@ class _Run:
             if missing <= 0:
                 return
             quiet += self._idle()
-            if quiet > 20 and missing <= flushes:
+            if quiet > 3 and missing <= flushes:
                 return
             if time.monotonic() > deadline:
                 raise FindingError(f"{missing} answers are missing after {PATIENCE:g} s, with {flushes} Tflush")
@@ -279,6 +281,24 @@ def split(stream: bytes | bytearray) -> list[tuple[int, int]]:
         found.append((stream[at + 4], int.from_bytes(stream[at + 5 : at + 7], "little")))
         at += size
     return found
+
+
+def batched(conversation: Conversation) -> Iterator[Step]:
+    """The same conversation in larger pieces: what a ring gets between two waits goes at once, as far as it fits."""
+    waiting = [bytearray() for _ in range(RINGS)]
+    for step in conversation:
+        if isinstance(step, Send) and len(waiting[step.ring]) + len(step.data) < BATCH:
+            waiting[step.ring] += step.data
+            continue
+        for ring, data in enumerate(waiting):
+            if data:
+                yield Send(ring, bytes(data))
+                data.clear()
+        if isinstance(step, Send) and len(step.data) < BATCH:
+            waiting[step.ring] += step.data
+        else:
+            yield step
+    yield from (Send(ring, bytes(data)) for ring, data in enumerate(waiting) if data)
 
 
 def complete(stream: bytes | bytearray) -> bool:

@@ -85,24 +85,22 @@ def shut(export_fd: int, readonly: bool) -> list[str]:
     return _give_up(export_fd, readonly)
 
 
-def confine_server(path: str, readonly: bool, address: tuple[str, int] | str) -> list[str]:
+def confine_server(export_fd: int, readonly: bool, address: tuple[str, int] | str) -> list[str]:
     """What of that a server on a socket can do, without root and its export at its place; what is missing, in words.
 
     Args:
-        path: the export.
+        export_fd: a descriptor of the export.
         address: what the server listens on already; a Unix socket's path may be removed at the end.
 
     Raises:
         Xen9pError: what must work did not.
     """
     prepare()
-    export_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     folder = Path(address).parent if isinstance(address, str) else None
     folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if folder else -1
     try:
         return _give_up(export_fd, readonly, folder_fd)
     finally:
-        os.close(export_fd)
         if folder_fd >= 0:
             os.close(folder_fd)
 

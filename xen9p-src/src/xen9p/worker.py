@@ -283,10 +283,14 @@ def main(request: Mapping[str, Any], listener: socket.socket) -> int:
         return 1
 
 
-def serve_connection(stream: socket.socket, path: str, readonly: bool, trace: tracer.Sink | None = None) -> Verdict:
-    """Serves one connected socket until it ends."""
+def serve_connection(stream: socket.socket, export: int, readonly: bool, trace: tracer.Sink | None = None) -> Verdict:
+    """Serves the directory behind a descriptor to one connected socket until it ends."""
     with stream:
-        device = DataPlane(open_export(path), readonly, limits())
+        try:
+            root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=export)
+        except OSError as error:
+            raise Xen9pError(f"cannot serve a client: {error.strerror}", errno=error.errno) from None
+        device = DataPlane(root, readonly, limits())
         try:
             device.add_stream(stream)
             name = f"client:{stream.fileno()}"
@@ -299,10 +303,10 @@ def serve_connection(stream: socket.socket, path: str, readonly: bool, trace: tr
 Live = dict[socket.socket, threading.Thread]
 
 
-def _serve_client(stream: socket.socket, path: str, readonly: bool, live: Live, trace: tracer.Sink | None) -> None:
-    """A client's thread: what is wrong with the export costs this client its connection, in one line."""
+def _serve_client(stream: socket.socket, export: int, readonly: bool, live: Live, trace: tracer.Sink | None) -> None:
+    """A client's thread: what is wrong costs this client its connection, in one line."""
     try:
-        serve_connection(stream, path, readonly, trace)
+        serve_connection(stream, export, readonly, trace)
     except Xen9pError as error:
         print(f"xen9p: error: {error}", file=sys.stderr, flush=True)
     finally:
@@ -310,12 +314,12 @@ def _serve_client(stream: socket.socket, path: str, readonly: bool, live: Live, 
 
 
 def _accept_until_told(
-    listener: socket.socket, told: socket.socket, path: str, readonly: bool, trace: tracer.Sink | None
+    listener: socket.socket, told: socket.socket, export: int, readonly: bool, trace: tracer.Sink | None
 ) -> None:
     live: Live = {}
     while told not in select.select([listener, told], [], [])[0]:
         client, _ = listener.accept()
-        args = (client, path, readonly, live, trace)
+        args = (client, export, readonly, live, trace)
         thread = threading.Thread(target=_serve_client, args=args, name="client", daemon=True)
         live[client] = thread
         thread.start()
@@ -345,13 +349,15 @@ def _listen_at(address: tuple[str, int] | str) -> socket.socket:
 def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str, trace: tracer.Sink | None = None) -> int:
     """Serves a directory on a Unix socket (a path) or TCP (host, port), a thread a client, until SIGINT or SIGTERM.
 
+    It stays the directory that it is now, whatever takes its name later.
+
     Args:
         trace: gets every request of every client.
 
     Raises:
         Xen9pError: the directory or the address is not usable.
     """
-    os.close(open_export(path))
+    export = open_export(path)
     prepare_process()
     told, tell = socket.socketpair()
     # A handler that only leaves word: an exception out of nowhere could get lost in a finalizer.
@@ -359,9 +365,10 @@ def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str, trac
         signal.signal(number, lambda *_: tell.send(b"!"))
     with told, tell, _listen_at(address) as listener:
         print(f"serving {path} on {listener.getsockname()}", file=sys.stderr, flush=True)
-        for missing in sandbox.confine_server(path, readonly, address):
+        for missing in sandbox.confine_server(export, readonly, address):
             print(f"xen9p: {missing}", file=sys.stderr, flush=True)
-        _accept_until_told(listener, told, path, readonly, trace)
+        _accept_until_told(listener, told, export, readonly, trace)
+    os.close(export)
     if isinstance(address, str):
         Path(address).unlink(missing_ok=True)
     return 0

@@ -48,6 +48,11 @@ sanitize: ## the unit tests on the C data plane built with sanitizers: address a
 	@$(PYTHON) tools/sanitize.py --kind address $(ARGS)
 	@$(PYTHON) tools/sanitize.py --kind thread --quick $(ARGS)
 
+.PHONY: fuzz
+fuzz: ## hostile guests: make fuzz ARGS="--messages 10000000 --seed 7"; a minute without arguments
+	@tools/bootstrap check
+	@$(PYTHON) tools/fuzzing.py $(or $(ARGS),--seconds 60)
+
 .PHONY: docs
 docs: ## build the documentation into site/
 	@tools/bootstrap check

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 HEARTBEAT = 10.0
+FUZZ_SECONDS = "5"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def checks() -> list[Step]:
     return [
         Step("unit tests", [tool("pytest"), "-q", "--junit-xml=junit-unit.xml"]),
         sanitized("address", "--quick"),
+        Step("fuzz", [sys.executable, str(ROOT / "tools" / "fuzzing.py"), "--seconds", FUZZ_SECONDS]),
         Step("ansible-lint", [tool("ansible-lint"), "-q", "--offline"]),
         Step("mypy", [tool("mypy")]),
         Step("mypy xen9p", [tool("mypy")], ROOT / "xen9p-src"),

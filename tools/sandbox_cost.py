@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "xen9p-src" / "src"))
@@ -67,7 +68,7 @@ def main() -> int:
             took: dict[str, list[float]] = {name: [] for name in servers}
             for _ in range(ROUNDS):
                 for name, (_, client, fid) in servers.items():
-                    took[name].append(measure(lambda request=request, client=client, fid=fid: request(client, fid)))
+                    took[name].append(measure(partial(request, client, fid)))
             free, confined = (statistics.median(took[name]) for name in ("free", "confined"))
             print(f"{kind}: {free:.2f} us free, {confined:.2f} us confined, {confined - free:+.2f} us")
         for pid, _, _ in servers.values():

@@ -1,4 +1,4 @@
-"""`python -m fuzz`: run a fuzzer for so many messages or seconds, or one conversation again. See tools/fuzz.py."""
+"""`python -m fuzz`: run a fuzzer for so many messages or seconds, or one conversation again. See tools/fuzzing.py."""
 
 from __future__ import annotations
 

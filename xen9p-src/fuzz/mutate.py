@@ -49,7 +49,7 @@ class Mutator:
         steps = list(self.chance.choice(self.short if short else self.corpus))
         for _ in range(self.chance.choice((0, 0, 1, 3))):
             steps += self._moved(self.chance.choice(self.corpus))
-        if self.chance.random() < 0.6:  # all at once, but for the handshake
+        if self.chance.random() < 0.92:  # all at once, but for the handshake
             steps = steps[:4] + [step for step in steps[4:] if not isinstance(step, Wait)]
         for _ in range(self.chance.choice((1, 1, 2, 3, 5, 8))):
             steps = self.chance.choice(_MUTATIONS)(self, steps)

@@ -74,7 +74,8 @@ def pytest_command(library: Path, tests: Sequence[str]) -> list[str]:
     """Return the command that runs the package's tests on the build in *library*; no *tests* means all of them."""
     paths = f"pythonpath={library} {SOURCE} {SOURCE / 'tests'}"
     # What a sanitizer says goes straight to stderr: pytest would keep it for a test that never ends.
-    options = ["-q", "--capture=sys", "-c", str(SOURCE / "pyproject.toml"), "-o", paths]
+    temporary = f"--basetemp={library.parent / 'tmp'}"  # the ordinary tests may run at the same time
+    options = ["-q", temporary, "--capture=sys", "-c", str(SOURCE / "pyproject.toml"), "-o", paths]
     return [sys.executable, "-m", "pytest", *options, *(tests or [str(SOURCE / "tests")])]
 
 

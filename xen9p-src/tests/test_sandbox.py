@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from confined import child, confine, needs_admin
+from serving import memory_session
 from xen9p import codec, sandbox, server, worker, zygote
 from xen9p.client import Client
 from xen9p.dataplane import DataPlane
@@ -254,6 +255,21 @@ def test_what_is_mounted_below_an_export_already_does_not_show_either(export: Pa
         (export / "d" / "above").write_text(MARK)
         with confined_session(export) as (client, root):
             assert client.listdir(root, b"d") == []
+    finally:
+        subprocess.run(["umount", export / "d"], check=True)
+
+
+@needs_admin
+def test_a_walk_enters_no_mount(export: Path) -> None:
+    """The walk's own defence, without a mount namespace: xen9p serve has none."""
+    (export / "d").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", export / "d"], check=True)
+    try:
+        (export / "d" / "above").write_text(MARK)
+        with memory_session(export) as session, pytest.raises(PermissionError):
+            session.client.walk(session.root, b"d", b"above")
+        with memory_session(export) as session, pytest.raises(PermissionError):
+            session.client.walk(session.root, b"d")
     finally:
         subprocess.run(["umount", export / "d"], check=True)
 

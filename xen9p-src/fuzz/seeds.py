@@ -19,22 +19,22 @@ from xen9p.transport.memory import MemoryRing, MemoryRingTransport
 MSIZE = 16384
 
 
-class Recorder:
-    """A transport that keeps what is sent."""
+class Recorder(MemoryRingTransport):
+    """A frontend that keeps what it sends."""
 
-    def __init__(self, inner: MemoryRingTransport) -> None:
-        self.inner = inner
+    def __init__(self, ring: MemoryRing) -> None:
+        super().__init__(ring)
         self.sent: list[bytes] = []
 
     def send(self, data: bytes, /) -> None:
-        self.sent.append(data)
-        self.inner.send(data)
+        self.sent.append(bytes(data))
+        super().send(data)
 
-    def recv(self) -> bytes:
-        return self.inner.recv()
-
-    def close(self) -> None:
-        self.inner.close()
+    def post(self, data: bytes, /) -> bool:
+        posted = super().post(data)
+        if posted:
+            self.sent.append(bytes(data))
+        return posted
 
 
 def look(client: Client, root: int) -> None:
@@ -124,7 +124,7 @@ def record(script: Callable[[Client, int], None], export: Path) -> Conversation:
     ring.serve_with(device)
     thread = threading.Thread(target=device.run, args=(server.serve,))
     thread.start()
-    recorder = Recorder(MemoryRingTransport(ring))
+    recorder = Recorder(ring)
     try:
         client = Client(recorder, MSIZE)
         client.version()

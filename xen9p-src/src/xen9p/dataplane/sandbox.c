@@ -62,7 +62,7 @@ int x9_cage_build(const char *path, int readonly, const char **step)
         errno = ENOTDIR, err = at(step, "taking the export");
     else if (syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attr, sizeof attr))
         err = at(step, "setting the export's mount options");
-    else if (mount("none", CAGE, "tmpfs", PLAIN, "size=64k,nr_inodes=8,mode=0555"))
+    else if (mount("none", CAGE, "tmpfs", PLAIN, "size=64k,nr_inodes=8,mode=0755"))
         err = at(step, "mounting a new root");
     else if (mkdir(CAGE "/export", 0555) || mkdir(CAGE "/proc", 0555))
         err = at(step, "making the new root");
@@ -173,11 +173,11 @@ int x9_landlock(int export_fd, int readonly, int remove_fd)
 /* What serving takes: files by descriptor, the rings, sockets that are there already, threads, time, memory. */
 static const char *const allowed[] = {
     /* files */
-    "openat", "openat2", "close", "close_range", "dup", "read", "write", "readv", "writev", "pread64", "pwrite64", "preadv",
+    "open", "openat", "openat2", "close", "close_range", "dup", "read", "write", "readv", "writev", "pread64", "pwrite64", "preadv",
     "preadv2", "pwritev", "pwritev2", "lseek", "getdents64", "newfstatat", "fstat", "stat", "lstat", "statx", "fstatfs", "statfs",
-    "readlinkat", "readlink", "faccessat", "faccessat2", "mkdirat", "mknodat", "unlinkat", "unlink", "rmdir", "renameat",
-    "renameat2", "linkat", "symlinkat", "fchmod", "fchmodat", "chmod", "fchown", "fchownat", "truncate", "ftruncate",
-    "fallocate", "utimensat", "fsync", "fdatasync", "sync_file_range", "syncfs", "copy_file_range", "fadvise64", "umask", "flock",
+    "readlinkat", "readlink", "access", "faccessat", "faccessat2", "mkdirat", "mkdir", "mknodat", "mknod", "unlinkat", "unlink",
+    "rmdir", "renameat", "renameat2", "rename", "linkat", "link", "symlinkat", "symlink", "fchmod", "fchmodat", "chmod", "fchown",
+    "fchownat", "chown", "lchown", "truncate", "ftruncate", "fallocate", "utimensat", "fsync", "fdatasync", "sync_file_range", "syncfs", "copy_file_range", "fadvise64", "umask", "flock",
     "fcntl", "getxattr", "lgetxattr", "fgetxattr", "setxattr", "lsetxattr", "fsetxattr", "listxattr", "llistxattr", "flistxattr",
     "removexattr", "lremovexattr", "fremovexattr", "getcwd",
     /* for whom: per thread, and never more than the process has */

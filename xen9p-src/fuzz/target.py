@@ -16,7 +16,7 @@ from fuzz.steps import Conversation, Index, Poke, Send, Step, Wait, is_strict
 from xen9p import codec, server
 from xen9p.dataplane import DataPlane, Limits, Verdict
 from xen9p.errors import ProtocolError
-from xen9p.transport.memory import IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, MemoryRing, MemoryRingTransport
+from xen9p.transport.memory import IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, RING_ORDER, MemoryRing, MemoryRingTransport
 
 RINGS = 2
 ORDER = 4
@@ -100,6 +100,7 @@ class _Run:
         self.strict = is_strict(conversation)
         for ring in rings:
             ring.start_at(0)
+            ring.write_index(RING_ORDER, ORDER)
             ring.data[:] = bytes(len(ring.data))
             for fd in (ring.to_back, ring.to_front):
                 with contextlib.suppress(BlockingIOError):

@@ -42,6 +42,17 @@ bench-quick: ## our backend and QEMU's side by side, on the lab that stands
 	@tools/bootstrap check
 	@$(PLAYBOOK) playbooks/bench.yml $(ARGS)
 
+.PHONY: sanitize
+sanitize: ## the unit tests on the C data plane built with sanitizers: address and undefined, then thread
+	@tools/bootstrap check
+	@$(PYTHON) tools/sanitize.py --kind address $(ARGS)
+	@$(PYTHON) tools/sanitize.py --kind thread --quick $(ARGS)
+
+.PHONY: fuzz
+fuzz: ## hostile guests: make fuzz ARGS="--messages 10000000 --seed 7"; a minute without arguments
+	@tools/bootstrap check
+	@$(PYTHON) tools/fuzzing.py $(or $(ARGS),--seconds 60)
+
 .PHONY: docs
 docs: ## build the documentation into site/
 	@tools/bootstrap check

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 HEARTBEAT = 10.0
+FUZZ_SECONDS = "5"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def checks() -> list[Step]:
     scripts = [str(path) for path in _tracked() if _is_shell(path)]
     return [
         Step("unit tests", [tool("pytest"), "-q", "--junit-xml=junit-unit.xml"]),
+        sanitized("address", "--quick"),
+        Step("fuzz", [sys.executable, str(ROOT / "tools" / "fuzzing.py"), "--seconds", FUZZ_SECONDS]),
         Step("ansible-lint", [tool("ansible-lint"), "-q", "--offline"]),
         Step("mypy", [tool("mypy")]),
         Step("mypy xen9p", [tool("mypy")], ROOT / "xen9p-src"),
@@ -59,6 +62,11 @@ def checks() -> list[Step]:
         Step("ruff check", [tool("ruff"), "check", "--quiet", "."]),
         Step("ruff format", [tool("ruff"), "format", "--check", "--quiet", "."]),
     ]
+
+
+def sanitized(kind: str, *more: str) -> Step:
+    """Return the step that runs unit tests on the data plane built with a sanitizer."""
+    return Step(f"{kind} sanitizer", [sys.executable, str(ROOT / "tools" / "sanitize.py"), "--kind", kind, *more])
 
 
 def tool(name: str) -> str:
@@ -151,6 +159,7 @@ def main() -> int:
     if outcomes[0].code == 0:
         outcomes += run_all(checks(), options.jobs)
     if options.molecule and all(outcome.code == 0 for outcome in outcomes):
+        outcomes += run_all([sanitized("address"), sanitized("thread", "--quick")], 1)
         outcomes.append(molecule())
     print(table(outcomes, time.monotonic() - began))
     failed = [outcome.step.name for outcome in outcomes if outcome.code != 0]

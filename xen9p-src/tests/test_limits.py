@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from hostile import REQUESTS, descriptors, heap, rss
 from serving import Session, memory_session
-from xen9p import codec
+from xen9p import codec, server
 from xen9p.client import Client
 from xen9p.dataplane import Limits
 from xen9p.transport.memory import MemoryRingTransport
@@ -37,6 +38,20 @@ def test_many_requests_queue_up_to_a_bound(export: Path) -> None:
         got = {codec.decode(session.client.recv_raw())[0] for _ in range(200)}
         assert got == set(range(200))
         assert len(os.listdir(export)) == 200
+
+
+def test_requests_that_do_not_end_pile_up_to_a_bound_only(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest stays in the ring, where it is the guest's own memory that it fills."""
+    held = threading.Event()
+    original = server._HANDLERS[codec.Tmkdir]
+    monkeypatch.setitem(server._HANDLERS, codec.Tmkdir, lambda device, msg: (held.wait(10), original(device, msg))[1])
+    with memory_session(export, order=5, limits=Limits(max_queued=4)) as session:
+        for tag in range(50):
+            session.client.send_raw(codec.encode(codec.Tmkdir(session.root, b"d%d" % tag, 0o755, 0), tag))
+        time.sleep(0.2)
+        assert session.served.device.stats()["in_flight"] == 4
+        held.set()
+        assert {codec.decode(session.client.recv_raw())[0] for _ in range(50)} == set(range(50))
 
 
 class Everything:

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xen9p import journal, server, tracer
+from xen9p import journal, sandbox, server, tracer
 from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
 from xen9p.errors import Xen9pError, describe
 
@@ -36,6 +36,7 @@ MOST_FIDS = 1 << 18
 RESERVED_FDS = 128  # for what is no fid: rings, sockets, the export
 HELLO_FIELDS = ("domid", "devid", "guest", "uuid", "tag", "export", "readonly")
 PR_SET_NAME = 15
+LAST_WORDS = 2.0  # seconds that a worker waits for somebody to tell why it failed
 
 
 def open_export(path: str) -> int:
@@ -97,14 +98,20 @@ class Worker:
             The exit code: 0 stopped, 1 the host's fault, 3 the guest's.
         """
         prepare_process()
-        threading.Thread(target=self._listen, name="control", daemon=True).start()
+        device, failure = None, Xen9pError("")
         try:
             device = self._open()
+        except Xen9pError as error:
+            failure = error
+        # Not before: a thread that runs already would stay outside the walls.
+        threading.Thread(target=self._listen, name="control", daemon=True).start()
+        if device is None:
+            return self._fail(failure)
+        try:
             rings = self._wait_for_rings()
             self._map(device, rings)
         except Xen9pError as error:
-            self._finish({"event": "failed", "reason": error.message})
-            return 3 if error.errno == errno.EPROTO else 1
+            return self._fail(error)
         with self._lock:
             self.device = device
             if self._stopping:  # asked while it was mapping, or for its rings
@@ -124,17 +131,29 @@ class Worker:
         return 0 if event != "ended" else 3 if verdict == Verdict.PROTOCOL else 1
 
     def _open(self) -> DataPlane:
-        device = DataPlane(
-            open_export(self.request["path"]),
-            bool(self.request["readonly"]),
-            limits(self.request.get("limits")),
-        )
+        """The device, and the process shut in with it: no byte of the guest's has been seen yet."""
+        readonly = bool(self.request["readonly"])
+        root = sandbox.cage(self.request["path"], readonly)
+        device = DataPlane(root, readonly, limits(self.request.get("limits")))
         try:
             device.open_xen()
+            missing = sandbox.shut(root, readonly)
         except Xen9pError:
             device.close()
             raise
+        for what in missing:
+            print(f"xen9p: worker {self.request['domid']}/{self.request['devid']}: {what}", file=sys.stderr, flush=True)
         return device
+
+    def _fail(self, error: Xen9pError) -> int:
+        """Says why there will be no service, if need be to a supervisor that is just about to connect."""
+        with self._told:
+            self._last = {"event": "failed", "reason": str(error)}
+            if self._clients:
+                self._tell(self._last)
+            else:
+                self._told.wait_for(lambda: self._clients, timeout=LAST_WORDS)
+        return 3 if error.errno == errno.EPROTO else 1
 
     def _wait_for_rings(self) -> list[dict[str, int]]:
         """What the guest has granted; nothing if the worker is to stop before that."""
@@ -179,6 +198,7 @@ class Worker:
                 for event in (self._ready, self._last):
                     if event:
                         self._send(client, event)
+                self._told.notify_all()
             with contextlib.suppress(OSError, ValueError):
                 for line in lines:
                     order = json.loads(line)
@@ -225,7 +245,6 @@ class Worker:
         with self._lock:
             self._last = event
             self._tell(event)
-        Path(self.request["socket"]).unlink(missing_ok=True)
 
     def _tell(self, event: Mapping[str, Any]) -> None:
         for client in self._clients:
@@ -264,10 +283,14 @@ def main(request: Mapping[str, Any], listener: socket.socket) -> int:
         return 1
 
 
-def serve_connection(stream: socket.socket, path: str, readonly: bool, trace: tracer.Sink | None = None) -> Verdict:
-    """Serves one connected socket until it ends."""
+def serve_connection(stream: socket.socket, export: int, readonly: bool, trace: tracer.Sink | None = None) -> Verdict:
+    """Serves the directory behind a descriptor to one connected socket until it ends."""
     with stream:
-        device = DataPlane(open_export(path), readonly, limits())
+        try:
+            root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=export)
+        except OSError as error:
+            raise Xen9pError(f"cannot serve a client: {error.strerror}", errno=error.errno) from None
+        device = DataPlane(root, readonly, limits())
         try:
             device.add_stream(stream)
             name = f"client:{stream.fileno()}"
@@ -280,10 +303,10 @@ def serve_connection(stream: socket.socket, path: str, readonly: bool, trace: tr
 Live = dict[socket.socket, threading.Thread]
 
 
-def _serve_client(stream: socket.socket, path: str, readonly: bool, live: Live, trace: tracer.Sink | None) -> None:
-    """A client's thread: what is wrong with the export costs this client its connection, in one line."""
+def _serve_client(stream: socket.socket, export: int, readonly: bool, live: Live, trace: tracer.Sink | None) -> None:
+    """A client's thread: what is wrong costs this client its connection, in one line."""
     try:
-        serve_connection(stream, path, readonly, trace)
+        serve_connection(stream, export, readonly, trace)
     except Xen9pError as error:
         print(f"xen9p: error: {error}", file=sys.stderr, flush=True)
     finally:
@@ -291,12 +314,12 @@ def _serve_client(stream: socket.socket, path: str, readonly: bool, live: Live, 
 
 
 def _accept_until_told(
-    listener: socket.socket, told: socket.socket, path: str, readonly: bool, trace: tracer.Sink | None
+    listener: socket.socket, told: socket.socket, export: int, readonly: bool, trace: tracer.Sink | None
 ) -> None:
     live: Live = {}
     while told not in select.select([listener, told], [], [])[0]:
         client, _ = listener.accept()
-        args = (client, path, readonly, live, trace)
+        args = (client, export, readonly, live, trace)
         thread = threading.Thread(target=_serve_client, args=args, name="client", daemon=True)
         live[client] = thread
         thread.start()
@@ -326,13 +349,15 @@ def _listen_at(address: tuple[str, int] | str) -> socket.socket:
 def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str, trace: tracer.Sink | None = None) -> int:
     """Serves a directory on a Unix socket (a path) or TCP (host, port), a thread a client, until SIGINT or SIGTERM.
 
+    It stays the directory that it is now, whatever takes its name later.
+
     Args:
         trace: gets every request of every client.
 
     Raises:
         Xen9pError: the directory or the address is not usable.
     """
-    os.close(open_export(path))
+    export = open_export(path)
     prepare_process()
     told, tell = socket.socketpair()
     # A handler that only leaves word: an exception out of nowhere could get lost in a finalizer.
@@ -340,7 +365,10 @@ def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str, trac
         signal.signal(number, lambda *_: tell.send(b"!"))
     with told, tell, _listen_at(address) as listener:
         print(f"serving {path} on {listener.getsockname()}", file=sys.stderr, flush=True)
-        _accept_until_told(listener, told, path, readonly, trace)
+        for missing in sandbox.confine_server(export, readonly, address):
+            print(f"xen9p: {missing}", file=sys.stderr, flush=True)
+        _accept_until_told(listener, told, export, readonly, trace)
+    os.close(export)
     if isinstance(address, str):
         Path(address).unlink(missing_ok=True)
     return 0

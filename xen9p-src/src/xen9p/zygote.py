@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xen9p import journal
+from xen9p.errors import Xen9pError
 
 MAX_PACKET: Final = 65536
 
@@ -63,6 +64,8 @@ def _main(sock: socket.socket) -> int:
         problem = ""
     except (ImportError, OSError) as error:
         main, problem = None, f"the worker cannot be loaded: {error}"
+    else:
+        _prepare_walls()
     gc.collect()
     gc.freeze()
     while packet := sock.recv(MAX_PACKET):
@@ -76,6 +79,17 @@ def _main(sock: socket.socket) -> int:
                 answer = {"ok": False, "reason": f"cannot start a worker: {error}"}
         sock.send(json.dumps(answer).encode())
     return 0
+
+
+def _prepare_walls() -> None:
+    """What all workers' confinement has in common and takes long; what fails here fails in the worker, where it counts.
+
+    Workers have no business on the network: one empty namespace serves them all, and they cannot make sockets either.
+    """
+    sandbox = importlib.import_module("xen9p.sandbox")
+    for work in (sandbox.prepare, sandbox.go_private):
+        with contextlib.suppress(Xen9pError, OSError):
+            work()
 
 
 def spawn(request: Request, main: WorkerMain, inherited: socket.socket | None = None) -> int:

@@ -63,6 +63,15 @@ int x9_locate(x9_dev *dev, int fd, char *name256);
 void x9_identity(uint32_t uid, uint32_t gid);
 int x9_keep_capabilities(void);
 
+int x9_cage_alone(void);
+int x9_cage_build(const char *path, int readonly, const char **step);
+int x9_cage_shut(const char **step);
+int x9_drop_capabilities(uint64_t keep);
+int x9_no_new_privileges(void);
+int x9_landlock(int export_fd, int readonly, int remove_fd);
+int x9_seccomp_prepare(void);
+int x9_seccomp(void);
+
 x9_front *x9_front_new(uint8_t *page, uint8_t *data, uint32_t order, int wait_fd, int notify_fd);
 x9_front *x9_front_new_xen(uint32_t domid, uint32_t order, int *err, char *reason, size_t size);
 uint32_t x9_front_ref(x9_front *front);

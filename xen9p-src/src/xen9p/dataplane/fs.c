@@ -487,9 +487,10 @@ static int h_lcreate(struct x9_call *call)
     struct x9_fid *dir = fids_get(&call->dev->fids, num);
     if (!dir)
         return EBADF;
-    if (dir->format != S_IFDIR || dir->io_fd >= 0) {
-        fid_put(dir);
-        return dir->format != S_IFDIR ? ENOTDIR : EINVAL;
+    int wrong = dir->format != S_IFDIR ? ENOTDIR : dir->io_fd >= 0 ? EINVAL : 0;
+    if (wrong) {
+        fid_put(dir); /* a Tclunk beside us may have made this the last reference */
+        return wrong;
     }
     x9_identity(dir->uid, gid);
     int io = open_beneath(dir->path_fd, name, (uint32_t)open_flags(wire) | O_CREAT | O_EXCL | O_NOCTTY, mode & 07777, 0);
@@ -627,13 +628,16 @@ static int h_read(struct x9_call *call)
  * here at once; then a range may be started late or twice, which does no harm. */
 static void follow_stream(struct x9_call *call, struct x9_fid *fid, uint64_t offset, uint64_t len)
 {
-    if (offset != fid->stream_end)
-        fid->stream_sent = offset;
-    fid->stream_end = offset + len;
-    if (fid->stream_end - fid->stream_sent < STREAM_STEP)
+    uint64_t end = offset + len, before = __atomic_load_n(&fid->stream_end, __ATOMIC_RELAXED);
+    uint64_t sent = offset == before ? __atomic_load_n(&fid->stream_sent, __ATOMIC_RELAXED) : offset;
+
+    __atomic_store_n(&fid->stream_end, end, __ATOMIC_RELAXED);
+    bool enough = end - sent >= STREAM_STEP && sent < end;
+    if (enough || offset != before)
+        __atomic_store_n(&fid->stream_sent, enough ? end : sent, __ATOMIC_RELAXED);
+    if (!enough)
         return;
-    call->stream = (struct x9_stream){fid, fid->stream_sent, fid->stream_end};
-    fid->stream_sent = fid->stream_end;
+    call->stream = (struct x9_stream){fid, sent, end};
     __atomic_add_fetch(&fid->refs, 1, __ATOMIC_RELAXED);
 }
 

@@ -1,0 +1,1 @@
+"""Fuzzers: hostile conversations against the whole server, and hostile frontends against the life of a device."""

@@ -81,11 +81,12 @@ def test_the_capabilities_of_a_program(here: str, there: str) -> None:
 def home_mounted(options: str) -> Iterator[None]:
     """g1's /home with other options, and then as it was."""
     g1 = connect("g1")
-    g1.check_output(f"umount /home && mount -t 9p home /home -o rw,trans=xen,version=9p2000.L,msize=524288,{options}")
+    g1.check_output("umount /home")
     try:
+        g1.check_output(f"mount -t 9p home /home -o rw,trans=xen,version=9p2000.L,msize=524288,{options}")
         yield
     finally:
-        g1.check_output("umount /home && mount /home")
+        g1.check_output("umount /home; mount /home")
 
 
 def test_access_control_lists(dom0: Dom0) -> None:

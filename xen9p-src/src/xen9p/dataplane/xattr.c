@@ -303,17 +303,19 @@ bool xattr_is_to_set(struct x9_dev *dev, uint32_t num)
 }
 
 /* What v9fs sends for setxattr(2) and removexattr(2). Both have size 0 where the value is empty; Linux removes with
- * XATTR_REPLACE. An empty ACL is none, whichever way it comes. */
+ * XATTR_REPLACE. An empty ACL is none, whichever way it comes, and whether there was one; Linux 6.1 does not take it from
+ * setxattr(2). */
 static int apply(const struct x9_fid *fid)
 {
     const struct x9_xattr *xattr = fid->xattr;
+    bool acl = is_acl(xattr->name);
     char path[X9_FD_PATH];
 
     fd_path(path, fid->path_fd);
     x9_identity(0, 0);
-    if (!xattr->size && xattr->flags == XATTR_REPLACE && !is_acl(xattr->name))
-        return removexattr(path, xattr->name) ? errno : 0;
-    return setxattr(path, xattr->name, xattr->value, xattr->size, is_acl(xattr->name) ? 0 : xattr->flags) ? errno : 0;
+    if (!xattr->size && (acl || xattr->flags == XATTR_REPLACE))
+        return !removexattr(path, xattr->name) || (acl && errno == ENODATA) ? 0 : errno;
+    return setxattr(path, xattr->name, xattr->value, xattr->size, acl ? 0 : xattr->flags) ? errno : 0;
 }
 
 /* The Tclunk of an xattr's fid, which is out of the table already. Returns 0 or the errno for the reply. */

@@ -31,7 +31,7 @@ static void *sleep_and_say(void *arg)
 
         while (poll(&fd, 1, -1) < 0 && errno == EINTR)
             ;
-        sleeper->woken = now_us();
+        __atomic_store_n(&sleeper->woken, now_us(), __ATOMIC_RELAXED);
         (void)!read(sleeper->wake_fd, &count, sizeof count);
         count = 1;
         (void)!write(sleeper->done_fd, &count, sizeof count);
@@ -84,7 +84,7 @@ static uint64_t measure_wakeup(void)
             uint64_t began = now_us();
             (void)!write(sleeper.wake_fd, &one, sizeof one);
             (void)!read(sleeper.done_fd, &count, sizeof count);
-            took[i] = sleeper.woken - began;
+            took[i] = __atomic_load_n(&sleeper.woken, __ATOMIC_RELAXED) - began;
         }
         pthread_join(thread, NULL);
         if (CPU_COUNT(&all))

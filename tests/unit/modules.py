@@ -12,12 +12,16 @@ import ansible.module_utils
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 
+ansible.module_utils.__path__.append(str(PLUGINS / "module_utils"))
+
+
+def shipped(name: str) -> ModuleType:
+    """Return the module *name* of plugins/module_utils, as a module of ours on a host imports it."""
+    return importlib.import_module(f"ansible.module_utils.{name}")
+
 
 def load(name: str) -> ModuleType:
     """Return the module *name* of plugins/modules."""
-    path = ansible.module_utils.__path__
-    if str(PLUGINS / "module_utils") not in path:
-        path.append(str(PLUGINS / "module_utils"))
     spec = importlib.util.spec_from_file_location(f"module_{name}", PLUGINS / "modules" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -14,9 +14,10 @@ import pytest
 import bench_chart
 import bench_report
 import bench_stats
-from bench import host, policy
+from modules import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
+host, policy = shipped("bench.host"), shipped("bench.policy")
 
 
 def sample(side: str, seconds: float, number: int = 0, workload: str = "read_big") -> dict[str, Any]:

@@ -38,6 +38,7 @@ class User:
 @contextmanager
 def attached(dom0: Dom0, name: str) -> Iterator[User]:
     """The device, and a directory on it that is gone afterwards."""
+    dom0.run(f"xen9p detach {GUEST} {TAG}")  # what an interrupted run left
     dom0.out(f"xen9p attach {GUEST} {EXPORT} --tag {TAG}")
     try:
         with scratch(connect(GUEST), f"/home/{name}") as folder:

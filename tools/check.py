@@ -51,7 +51,6 @@ def checks() -> list[Step]:
     scripts = [str(path) for path in _tracked() if _is_shell(path)]
     return [
         Step("unit tests", [tool("pytest"), "-q", "--junit-xml=junit-unit.xml"]),
-        sanitized("address", "--quick"),
         Step("fuzz", [sys.executable, str(ROOT / "tools" / "fuzzing.py"), "--seconds", FUZZ_SECONDS]),
         Step("ansible-lint", [tool("ansible-lint"), "-q", "--offline"]),
         Step("mypy", [tool("mypy")]),

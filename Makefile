@@ -43,9 +43,9 @@ bench-quick: ## our backend and QEMU's side by side, on the lab that stands
 	@$(PLAYBOOK) playbooks/bench.yml $(ARGS)
 
 .PHONY: sanitize
-sanitize: ## the unit tests on the C data plane built with sanitizers: address and undefined, then thread
+sanitize: ## the tests that are mostly C, on a data plane with sanitizers: address and undefined, then thread
 	@tools/bootstrap check
-	@$(PYTHON) tools/sanitize.py --kind address $(ARGS)
+	@$(PYTHON) tools/sanitize.py --kind address --quick $(ARGS)
 	@$(PYTHON) tools/sanitize.py --kind thread --quick $(ARGS)
 
 .PHONY: fuzz

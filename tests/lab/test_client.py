@@ -57,21 +57,19 @@ def test_the_host_knows_when_it_is_over(dom0: Dom0, user: User) -> None:
 
 def test_one_process_at_a_time_and_a_killed_one_leaves_nothing(dom0: Dom0, user: User) -> None:
     guest = connect(GUEST)
-    guest.run("rm -f /tmp/hold")
-    guest.check_output("mkfifo /tmp/hold && (setsid sleep 600 > /tmp/hold 2>/dev/null < /dev/null &)")
-    writer = f"setsid xen9p write {user.path('held')}"
-    guest.check_output(f"({writer} < /tmp/hold > /dev/null 2>&1 &)")
+    # It waits for its input, which does not end.
+    guest.check_output(f"(sleep 600 | xen9p write {user.path('held')}) > /dev/null 2>&1 < /dev/null &")
     try:
         wait_until("a process has the device", lambda: dom0.connected(GUEST, TAG))
         busy = user.run(f"xen9p ls {user.path('')}")
         assert busy.rc == 1
         assert "in use by process" in busy.stderr
-        guest.check_output("pkill -KILL -f 'xen9p write'")
+        guest.check_output("pkill -KILL -f '[x]en9p write'")
         # Its kernel tells the worker, without a word in XenStore.
         wait_until("the worker has let go", lambda: not dom0.connected(GUEST, TAG))
         assert user.run(f"xen9p ls {user.path('')}").rc == 0
     finally:
-        guest.run("pkill -f 'sleep 600'; rm -f /tmp/hold")
+        guest.run("pkill -f '[s]leep 600'")
 
 
 def test_a_device_that_is_taken_away_ends_the_command(dom0: Dom0, user: User) -> None:

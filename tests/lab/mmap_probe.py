@@ -133,7 +133,7 @@ def main() -> None:
         try:
             result = "yes" if case(path) else "no"
         except OSError as error:
-            result = errno.errorcode[error.errno or 0]
+            result = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}[error.errno or 0]
         results.append(f'"{name}": "{result}"')
     print("{" + ", ".join(results) + "}")
 

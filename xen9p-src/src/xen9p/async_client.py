@@ -340,7 +340,7 @@ class AsyncClient:
             self._fids.give(fid)
 
     async def getattr(self, fid: int, mask: int = codec.GETATTR_BASIC) -> codec.Rgetattr:
-        """The attributes in mask (GETATTT*)."""
+        """The attributes in mask (GETATTR_*)."""
         return await self.call(codec.Tgetattr(fid, mask), codec.Rgetattr)
 
     async def setattr(

@@ -38,7 +38,6 @@ static void both_clocks(uint64_t *at, uint64_t *ns)
     uint64_t narrowest = UINT64_MAX;
 
     *at = *ns = 0;
-
     for (int look = 0; look < LOOKS; look++) {
         uint64_t before = ticks(), now = clock_ns(CLOCK_MONOTONIC), width = ticks() - before;
 

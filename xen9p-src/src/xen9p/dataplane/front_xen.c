@@ -14,9 +14,6 @@ typedef uint32_t grant_ref_t;
 #include <xen/evtchn.h>
 #include <xen/gntalloc.h>
 
-#define PAGE 4096u
-#define REFS_OFFSET 132u
-#define ORDER_OFFSET 128u
 
 static int failed(char *reason, size_t size, const char *what)
 {
@@ -41,7 +38,7 @@ static int share(int fd, uint32_t domid, uint32_t count, uint32_t *refs, uint8_t
     if (!err) {
         memcpy(refs, (uint8_t *)alloc + offsetof(struct ioctl_gntalloc_alloc_gref, gref_ids), count * sizeof *refs);
         *index = alloc->index;
-        void *at = mmap(NULL, (size_t)count * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)alloc->index);
+        void *at = mmap(NULL, (size_t)count * X9_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)alloc->index);
         if (at == MAP_FAILED) {
             err = errno;
             struct ioctl_gntalloc_dealloc_gref undo = {.index = alloc->index, .count = count};
@@ -58,7 +55,7 @@ static int share(int fd, uint32_t domid, uint32_t count, uint32_t *refs, uint8_t
 static int announce_end(struct x9_front *front, uint64_t index)
 {
     struct ioctl_gntalloc_unmap_notify notify = {
-        .index = index + ORDER_OFFSET,
+        .index = index + X9_ORDER_OFFSET,
         .action = UNMAP_NOTIFY_CLEAR_BYTE | UNMAP_NOTIFY_SEND_EVENT,
         .event_channel_port = front->xen.port,
     };
@@ -86,9 +83,9 @@ static int open_xen(struct x9_front *front, uint32_t domid, uint32_t order, char
     if ((errno = share(front->xen.gnt_fd, domid, pages, refs, &front->xen.data, &data_index)))
         return failed(reason, size, "cannot share the pages of a ring");
     front->xen.pages = pages;
-    memset(front->xen.page, 0, PAGE);
-    memcpy(front->xen.page + ORDER_OFFSET, &order, sizeof order);
-    memcpy(front->xen.page + REFS_OFFSET, refs, pages * sizeof *refs);
+    memset(front->xen.page, 0, X9_PAGE);
+    memcpy(front->xen.page + X9_ORDER_OFFSET, &order, sizeof order);
+    memcpy(front->xen.page + X9_REFS_OFFSET, refs, pages * sizeof *refs);
     if ((errno = announce_end(front, page_index)))
         return failed(reason, size, "cannot announce the end of the ring");
     if ((errno = ring_init(&front->ring, front->xen.page, front->xen.data, order, X9_FRONTEND)))
@@ -139,9 +136,9 @@ void front_xen_notify(struct x9_front *front)
 void front_xen_close(struct x9_front *front)
 {
     if (front->xen.page)
-        munmap(front->xen.page, PAGE);
+        munmap(front->xen.page, X9_PAGE);
     if (front->xen.data)
-        munmap(front->xen.data, (size_t)front->xen.pages * PAGE);
+        munmap(front->xen.data, (size_t)front->xen.pages * X9_PAGE);
     if (front->xen.gnt_fd >= 0)
         close(front->xen.gnt_fd);
     if (front->wait_fd >= 0)

@@ -394,13 +394,13 @@ struct packed {
 /* Where a fid's file is, from the export's root on; "" without one. Returns its length. */
 static uint32_t path_of(struct x9_dev *dev, const struct x9_fid *fid, char path[PATH_MAX])
 {
-    char link[32], root[PATH_MAX];
+    char link[X9_FD_PATH], root[PATH_MAX];
 
     if (!fid)
         return 0;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fid->path_fd);
+    fd_path(link, fid->path_fd);
     ssize_t n = readlink(link, path, PATH_MAX);
-    snprintf(link, sizeof link, "/proc/self/fd/%d", dev->config.root_fd);
+    fd_path(link, dev->config.root_fd);
     ssize_t r = readlink(link, root, sizeof root);
     if (n <= 0 || r <= 0)
         return 0;

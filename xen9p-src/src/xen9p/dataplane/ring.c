@@ -5,8 +5,6 @@
  * run free and are masked with half - 1. */
 #include "x9.h"
 
-#define ORDER_OFFSET 128u
-
 static uint32_t load(const uint32_t *index) { return __atomic_load_n(index, __ATOMIC_ACQUIRE); }
 
 uint64_t x9_ring_data_bytes(uint32_t order) { return UINT64_C(4096) << order; }
@@ -20,7 +18,7 @@ int ring_init(struct x9_ring *ring, uint8_t *page, uint8_t *data, uint32_t order
     if (order < 1 || order > X9_MAX_ORDER)
         return EINVAL;
     ring->half = UINT32_C(1) << (order + 11);
-    ring->order = page + ORDER_OFFSET;
+    ring->order = page + X9_ORDER_OFFSET;
     if (side == X9_BACKEND) {
         ring->tx_prod = in_prod, ring->tx_cons = in_cons, ring->tx_data = data;
         ring->rx_prod = out_prod, ring->rx_cons = out_cons, ring->rx_data = data + ring->half;

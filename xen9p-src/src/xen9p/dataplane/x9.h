@@ -83,6 +83,10 @@ static inline void put_header(uint8_t *p, uint32_t size, uint8_t type, uint16_t 
 
 /* --- one half of a ring pair (xen.git docs/misc/9pfs, io/9pfs.h) --- */
 
+#define X9_PAGE 4096u
+#define X9_ORDER_OFFSET 128u /* in the interface page: ring_order[4], */
+#define X9_REFS_OFFSET 132u  /* and the grant references of the data pages */
+
 /* A stretch of the ring that is still being read; it is given back when all before it is. */
 struct x9_held {
     uint32_t len;

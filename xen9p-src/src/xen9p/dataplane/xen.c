@@ -15,9 +15,6 @@ typedef uint32_t grant_ref_t;
 #include <xen/evtchn.h>
 #include <xen/gntdev.h>
 
-#define PAGE 4096u
-#define REFS_OFFSET 132u
-#define ORDER_OFFSET 128u
 
 static int say(struct x9_dev *dev, const char *what, int err)
 {
@@ -53,7 +50,7 @@ static int map_grants(struct x9_dev *dev, uint32_t domid, const uint32_t *refs, 
     free(map);
     if (err)
         return err;
-    *addr = mmap(NULL, (size_t)count * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, dev->gnt_fd, (off_t)*index);
+    *addr = mmap(NULL, (size_t)count * X9_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, dev->gnt_fd, (off_t)*index);
     if (*addr != MAP_FAILED)
         return 0;
     err = errno;
@@ -67,7 +64,7 @@ static void unmap_grants(struct x9_dev *dev, void **addr, uint64_t index, uint32
 {
     if (!*addr)
         return;
-    munmap(*addr, (size_t)count * PAGE);
+    munmap(*addr, (size_t)count * X9_PAGE);
     struct ioctl_gntdev_unmap_grant_ref undo = {.index = index, .count = count};
     ioctl(dev->gnt_fd, IOCTL_GNTDEV_UNMAP_GRANT_REF, &undo);
     *addr = NULL;
@@ -82,17 +79,17 @@ int xen_map(struct x9_link *link, uint32_t domid, uint32_t ref, uint32_t port)
     int err = map_grants(dev, domid, &ref, 1, &link->map_page, &link->page_index);
     if (err)
         return blame(say(dev, "cannot map the interface page", err));
-    uint32_t order = __atomic_load_n((uint32_t *)(void *)((uint8_t *)link->map_page + ORDER_OFFSET), __ATOMIC_ACQUIRE);
+    uint32_t order = __atomic_load_n((uint32_t *)(void *)((uint8_t *)link->map_page + X9_ORDER_OFFSET), __ATOMIC_ACQUIRE);
     if (order < 1 || order > X9_MAX_ORDER) {
         snprintf(dev->reason, sizeof dev->reason, "ring order %u is not between 1 and %u", order, X9_MAX_ORDER);
         return EPROTO;
     }
     uint32_t pages = 1u << order;
-    memcpy(refs, (uint8_t *)link->map_page + REFS_OFFSET, pages * sizeof *refs);
+    memcpy(refs, (uint8_t *)link->map_page + X9_REFS_OFFSET, pages * sizeof *refs);
     err = map_grants(dev, domid, refs, pages, &link->map_data, &link->data_index);
     if (err)
         return blame(say(dev, "cannot map the ring", err));
-    link->data_bytes = (size_t)pages * PAGE;
+    link->data_bytes = (size_t)pages * X9_PAGE;
     if (ring_init(&link->ring, link->map_page, link->map_data, order, X9_BACKEND)) {
         snprintf(dev->reason, sizeof dev->reason, "ring indices are out of range");
         return EPROTO;
@@ -115,7 +112,7 @@ void xen_unmap(struct x9_link *link)
         ioctl(dev->evt_fd, IOCTL_EVTCHN_UNBIND, &unbind);
         link->port = 0;
     }
-    unmap_grants(dev, &link->map_data, link->data_index, (uint32_t)(link->data_bytes / PAGE));
+    unmap_grants(dev, &link->map_data, link->data_index, (uint32_t)(link->data_bytes / X9_PAGE));
     unmap_grants(dev, &link->map_page, link->page_index, 1);
 }
 

@@ -82,10 +82,10 @@ def start(machine: vm.Vm, values: dict[str, Any]) -> list[str]:
     )
     old = machine.recorded()
     # What runs was chosen before: the probe for KVM is for a machine that is about to start.
-    if old is not None and machine.pid() is not None and values["accelerator"] in {"auto", old.accelerator}:
+    if old is not None and machine.status() == "running" and values["accelerator"] in {"auto", old.accelerator}:
         accelerator = old.accelerator
     else:
-        accelerator = accel.choose(values["accelerator"], vm.QEMU)
+        accelerator = accel.choose(values["accelerator"], vm.QEMU, Path(values["image"]))
     spec = vm.VmSpec(
         name=values["name"],
         image=values["image"],

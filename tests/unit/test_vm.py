@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import time
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from testbed import access, vm
+from testbed import accel, access, vm
 from testbed.errors import TestbedError
 from testbed.progress import Progress
 from testbed.wait import wait_for_ssh
@@ -131,3 +132,23 @@ def test_without_a_record_the_disk_itself_tells(tmp_path: Path) -> None:
     assert "new host disk" not in machine.start(SPEC)
     (tmp_path / "vm.json").unlink()
     assert "new host disk" in machine.start(vm.VmSpec(**{**vars(SPEC), "image": "/cache/host-2"}))
+
+
+def test_the_probe_for_kvm_believes_in_what_ran_only(tmp_path: Path) -> None:
+    # Emulation stands in for a KVM that works.
+    assert accel.kvm_works(vm.QEMU, accelerator="tcg", timeout=20)
+    assert not accel.kvm_works("false", accelerator="tcg")
+    assert not accel.kvm_works(str(tmp_path / "missing"), accelerator="tcg")
+
+
+def test_a_kvm_that_gives_up_is_noticed_at_once(tmp_path: Path) -> None:
+    qemu = tmp_path / "qemu"
+    qemu.write_text("#!/bin/sh\necho 'KVM internal error. Suberror: 1' >&2\nexec sleep 60\n")
+    qemu.chmod(0o755)
+    began = time.monotonic()
+    assert not accel.xen_boots(str(qemu), tmp_path, timeout=50)
+    assert time.monotonic() - began < 10
+
+
+def test_a_machine_that_nobody_asks_has_no_status(tmp_path: Path) -> None:
+    assert vm.Vm(tmp_path).status() == ""

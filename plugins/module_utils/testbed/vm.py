@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from . import image
 from .errors import TestbedError
@@ -76,10 +77,12 @@ class Vm:
         done: list[str] = []
         old = self.recorded()
         if self.pid() is not None:
-            if old == spec:
+            status = self.status()
+            if old == spec and status in {"running", ""}:
                 return []
-            self.stop()
-            done.append("stopped: its settings changed")
+            # What QEMU has stopped does not hear the power button.
+            self.stop(*([] if status == "running" else [0.0]))
+            done.append("stopped: its settings changed" if old != spec else f"stopped: QEMU had it in state {status}")
         self.dir.mkdir(parents=True, exist_ok=True)
         # Without a record (a run was killed, or wrote another form of it) the disk itself has to tell.
         made_from = _backing(self.host_disk) if old is None else old.image
@@ -167,23 +170,34 @@ class Vm:
             remedy = f"; free the port or set testbed_ssh_port (now {spec.ssh_port})" if "hostfwd" in reason else ""
             raise TestbedError(f"QEMU did not start: {reason}{remedy}")
 
-    def _command(self, name: str) -> None:
-        """Give QEMU one command through its monitor (QMP); a monitor that is gone is no error here."""
+    def status(self) -> str:
+        """Return QEMU's word for the machine's state: "running", or say "internal-error"; "" when nobody can tell."""
+        return str(self._command("query-status").get("status", ""))
+
+    def _command(self, name: str) -> dict[str, Any]:
+        """Give QEMU one command through its monitor (QMP) and return its answer; without a monitor it is empty."""
         try:
             here = os.open(self.dir, os.O_PATH | os.O_DIRECTORY)
         except OSError:
-            return
+            return {}
         try:
             with socket.socket(socket.AF_UNIX) as monitor:
                 monitor.settimeout(3.0)
                 # A Unix socket's path has 107 bytes at most, and the state directory may lie deep.
                 monitor.connect(f"/proc/self/fd/{here}/qmp.sock")
-                for command in ("qmp_capabilities", name):
-                    monitor.recv(4096)
-                    monitor.sendall(json.dumps({"execute": command}).encode())
-                monitor.recv(4096)
-        except OSError:
-            return
+                with monitor.makefile("rw", encoding="utf-8") as lines:
+                    lines.readline()  # the greeting
+                    answer: dict[str, Any] = {}
+                    for command in ("qmp_capabilities", name):
+                        lines.write(json.dumps({"execute": command}) + "\n")
+                        lines.flush()
+                        answer = json.loads(lines.readline())
+                        while "event" in answer:
+                            answer = json.loads(lines.readline())
+                    found = answer.get("return", {})
+                    return found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            return {}
         finally:
             os.close(here)
 
@@ -193,20 +207,30 @@ def qemu_command(spec: VmSpec) -> list[str]:
     base = Path(spec.image)
     xen = f"dom0_mem={spec.dom0_memory}M,max:{spec.dom0_memory}M console=com1 com1=115200,8n1 loglvl=warning"
     xen += " guest_loglvl=warning spec-ctrl=no xpti=no"
-    if spec.accelerator == "kvm":
-        accelerator = ["-accel", "kvm", "-cpu", "host"]
-    else:
-        accelerator = ["-accel", "tcg,thread=multi,tb-size=1024", "-cpu", TCG_CPU]
-    command = [QEMU, "-name", f"xen9p-{spec.name}", *accelerator]
+    command = [QEMU, "-name", f"xen9p-{spec.name}", *accelerated(spec.accelerator)]
     command += ["-smp", str(spec.cpus), "-m", str(spec.memory), "-display", "none", "-vga", "none"]
-    command += ["-kernel", str(base / "xen"), "-append", xen]
-    command += ["-initrd", f"{base / 'vmlinuz'} {KERNEL_ARGS},{base / 'initrd.img'}"]
+    command += booting(base, xen, KERNEL_ARGS)
     command += _disk("host.qcow2", "qcow2", "host") + _disk("store.qcow2", "qcow2", "store")
     command += _disk("seed.tar", "raw", "seed,readonly=on")
     forward = f"user,id=net,hostfwd=tcp:127.0.0.1:{spec.ssh_port}-:22"
     command += ["-netdev", forward, "-device", "virtio-net-pci,netdev=net,romfile="]
     command += ["-serial", "file:console.log", "-qmp", "unix:qmp.sock,server=on,wait=off", "-monitor", "none"]
     return command
+
+
+def accelerated(accelerator: str) -> list[str]:
+    """Return QEMU's options for "kvm" or "tcg"."""
+    if accelerator == "kvm":
+        return ["-accel", "kvm", "-cpu", "host"]
+    return ["-accel", "tcg,thread=multi,tb-size=1024", "-cpu", TCG_CPU]
+
+
+def booting(base: Path, xen: str, kernel: str) -> list[str]:
+    """Return QEMU's options that start the Xen of the image in *base*; *xen* and *kernel* are their command lines."""
+    return [
+        *("-kernel", str(base / "xen"), "-append", xen),
+        *("-initrd", f"{base / 'vmlinuz'} {kernel},{base / 'initrd.img'}"),
+    ]
 
 
 def _disk(file: str, form: str, serial: str) -> list[str]:

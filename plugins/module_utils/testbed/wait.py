@@ -24,6 +24,8 @@ def wait_for_ssh(vm: Vm, port: int, timeout: float, progress: Progress) -> float
         progress.show(f"host: waiting for ssh, {waited:.0f} s: {vm.last_console_line()}")
         if vm.pid() is None:
             raise TestbedError(f"QEMU ended while the host booted; its last words: {vm.last_console_line()!r}")
+        if vm.status() == "internal-error":
+            raise TestbedError("KVM gave up on the machine: set testbed_accelerator to tcg")
         if sshd_greets(port):
             problem = _login_problem(vm)
             if not problem:

@@ -66,7 +66,7 @@ def environment(kind: str, library: Path) -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=1:quarantine_size_mb=8:malloc_context_size=3:abort_on_error=0:exitcode=99",
         "LSAN_OPTIONS": f"suppressions={SUPPRESSIONS / 'lsan.supp'}:print_suppressions=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": f"suppressions={SUPPRESSIONS / 'tsan.supp'}:exitcode=99:report_signal_unsafe=0",
+        "TSAN_OPTIONS": f"suppressions={SUPPRESSIONS / 'tsan.supp'}:exitcode=99:report_signal_unsafe=0:history_size=7",
     }
 
 

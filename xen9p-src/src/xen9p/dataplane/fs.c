@@ -623,6 +623,7 @@ static int h_read(struct x9_call *call)
 }
 
 #define STREAM_STEP (UINT64_C(4) << 20)
+#define STREAM_ALIGN (UINT64_C(64) << 10) /* a page that the writer has not filled yet would make it wait for the disk */
 
 /* Notices a sequential writer, and takes note of what fs_write_back() shall start on. Two messages of one fid may be
  * here at once; then a range may be started late or twice, which does no harm. */
@@ -632,12 +633,13 @@ static void follow_stream(struct x9_call *call, struct x9_fid *fid, uint64_t off
     uint64_t sent = offset == before ? __atomic_load_n(&fid->stream_sent, __ATOMIC_RELAXED) : offset;
 
     __atomic_store_n(&fid->stream_end, end, __ATOMIC_RELAXED);
-    bool enough = end - sent >= STREAM_STEP && sent < end;
+    uint64_t filled = end & ~(STREAM_ALIGN - 1);
+    bool enough = filled > sent && filled - sent >= STREAM_STEP;
     if (enough || offset != before)
-        __atomic_store_n(&fid->stream_sent, enough ? end : sent, __ATOMIC_RELAXED);
+        __atomic_store_n(&fid->stream_sent, enough ? filled : sent, __ATOMIC_RELAXED);
     if (!enough)
         return;
-    call->stream = (struct x9_stream){fid, sent, end};
+    call->stream = (struct x9_stream){fid, sent, filled};
     __atomic_add_fetch(&fid->refs, 1, __ATOMIC_RELAXED);
 }
 
@@ -654,10 +656,11 @@ void fs_write_back(struct x9_stream *stream)
 }
 
 #define SLOW_WRITE_US 10000u
-#define SLOW_PAUSE_US 1000000u
+#define SLOW_PAUSE 4u /* times as long as a slow write took */
 
 /* Where there are no writes without waiting (btrfs), a write on the reader is a chance: mostly it is a copy into the page
- * cache, quicker than handing it to the pool. Take it while nothing else is under way and no write has been slow. */
+ * cache, quicker than handing it to the pool. Take it while nothing else is under way, and not soon after a slow one: so
+ * slow writes keep the reader for a fifth of its time at the most, whatever the disk does. */
 static bool take_chance(const struct x9_call *call)
 {
     return now_us() >= call->dev->slow_until && dev_idle(call->dev);
@@ -698,7 +701,7 @@ static int h_write(struct x9_call *call)
     if (chance) {
         uint64_t now = now_us();
         if (now - began > SLOW_WRITE_US)
-            call->dev->slow_until = now + SLOW_PAUSE_US;
+            call->dev->slow_until = now + SLOW_PAUSE * (now - began);
     }
     if (!call->may_block && !chance && (err == EAGAIN || err == EOPNOTSUPP)) {
         fid->plain_write = true; /* btrfs refuses whatever has to be copied on write: always */

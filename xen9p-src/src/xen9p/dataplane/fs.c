@@ -416,7 +416,7 @@ static int reply_open(struct x9_call *call, int fd)
         return err;
     uint8_t *p = reply(call, 17);
     memcpy(p, qid, 13);
-    put32(p + 13, 0); /* iounit 0: as much as msize holds */
+    put32(p + 13, (call->dev->msize - X9_IO_HEADER) & ~(X9_PAGE - 1)); /* iounit */
     return 0;
 }
 

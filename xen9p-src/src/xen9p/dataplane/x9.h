@@ -53,6 +53,7 @@ enum {
 
 #define X9_HEADER 7u
 #define X9_READ_HEADER 11u   /* Rread, Rreaddir: header and count[4] */
+#define X9_IO_HEADER 24u     /* what clients take off msize for the header of a Tread or Twrite */
 #define X9_WRITE_HEADER 23u  /* Twrite: header, fid[4], offset[8], count[4] */
 #define X9_NOFID 0xffffffffu
 #define X9_NOTAG 0xffffu

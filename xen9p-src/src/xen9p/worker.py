@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,17 @@ def limits(wanted: Mapping[str, int] | None = None) -> Limits:
 
     A guest with cache=loose keeps a fid for every name that it has in its dentry cache, so there are many; an open
     fid has two descriptors.
+
+    Raises:
+        Xen9pError: a limit is unknown or out of range.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_FIDS if soft == resource.RLIM_INFINITY else min(MOST_FIDS, (soft - RESERVED_FDS) // 2)
-    return Limits(**({"max_fids": max(most, 16)} | dict(wanted or {})))
+    try:
+        return Limits(**({"max_fids": max(most, 16)} | dict(wanted or {})))
+    except TypeError:
+        unknown = sorted(set(wanted or {}) - {field.name for field in fields(Limits)})
+        raise Xen9pError(f"there is no limit called {', '.join(unknown)}", errno=errno.EINVAL) from None
 
 
 class Worker:
@@ -90,6 +98,7 @@ class Worker:
         self._ready: dict[str, Any] | None = None
         self._last: dict[str, Any] | None = None
         self._tracers: set[threading.Thread] = set()
+        self._limits = Limits()
 
     def run(self) -> int:
         """Prepares, waits for the rings, maps, serves, ends.
@@ -114,6 +123,7 @@ class Worker:
             return self._fail(error)
         with self._lock:
             self.device = device
+            device.set_limits(self._limits)  # they may have been changed since it was made
             if self._stopping:  # asked while it was mapping, or for its rings
                 device.stop()
             else:
@@ -134,7 +144,8 @@ class Worker:
         """The device, and the process shut in with it: no byte of the guest's has been seen yet."""
         readonly = bool(self.request["readonly"])
         root = sandbox.cage(self.request["path"], readonly)
-        device = DataPlane(root, readonly, limits(self.request.get("limits")))
+        self._limits = limits(self.request.get("limits"))
+        device = DataPlane(root, readonly, self._limits)
         try:
             device.open_xen()
             missing = sandbox.shut(root, readonly)
@@ -236,10 +247,24 @@ class Worker:
                     self._told.notify_all()
                     if self.device:
                         self.device.stop()
+                case "limits":
+                    self._limit(order.get("limits"))
                 case "stats" if self.device:
                     self._send(client, {"event": "stats"} | dict(self.device.stats()))
                 case "metrics" if self.device:
                     self._send(client, {"event": "metrics"} | seen(self.device))
+
+    def _limit(self, wanted: Any) -> None:
+        """Puts new limits into force: all of them, what is not named gets its default. Bad ones change nothing."""
+        try:
+            if not isinstance(wanted, Mapping):
+                raise Xen9pError("limits are names and numbers")
+            self._limits = limits(wanted)
+        except Xen9pError as error:
+            LOG.warning("limits stay as they are: %s", error)
+            return
+        if self.device:
+            self.device.set_limits(self._limits)
 
     def _finish(self, event: dict[str, Any]) -> None:
         with self._lock:

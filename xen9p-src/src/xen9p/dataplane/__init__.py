@@ -25,7 +25,13 @@ from xen9p.histogram import BUCKETS, GROUPS, STAGES
 
 MAX_MSIZE = 1 << 20
 """Largest message in bytes that a stream may agree on; a ring clamps it to half of its half."""
+MAX_RATE = 10**12
+"""Most that a rate may be, operations or bytes a second."""
 _QID = struct.Struct("<BIQ")
+_STATS = (
+    "requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued",
+    "bytes", "throttled", "throttled_us",
+)  # fmt: skip
 
 
 class Verdict(IntEnum):
@@ -39,16 +45,51 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping, None for as
-    long as pays on this machine (spin_us()); and timing: 1 to measure how long messages take, 0 to leave it.
+    """What one peer may hold at once, and how much it may have done in a second.
+
+    Args:
+        max_fids: fids.
+        max_queued: requests that wait for a thread or are worked on.
+        max_bytes: of these requests and their replies, in memory and in the ring; 0 for 16 of the largest messages.
+        ops_per_second: messages; 0 for no limit. What was not used can be used within half a second.
+        bytes_per_second: of messages, to and from the peer; 0 for no limit. The same holds.
+        pool_threads: C threads for what may wait, at most 16.
+        python_threads: threads for cold messages.
+        spin_us: microseconds of looking before sleeping; None for as long as pays on this machine (spin_us()).
+        timing: 1 to measure how long messages take, 0 to leave it.
+
+    Raises:
+        Xen9pError: a value is out of range.
     """
 
     max_fids: int = 65536
     max_queued: int = 64
+    max_bytes: int = 0
+    ops_per_second: int = 0
+    bytes_per_second: int = 0
     pool_threads: int = 4
     python_threads: int = 2
     spin_us: int | None = None
     timing: int = 1
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise Xen9pError(f"{name} is {value!r}", f"it is a number from {least} to {most}", errno.EINVAL)
+
+    def in_c(self) -> Mapping[str, int]:
+        """What can be changed while a device serves, as C has it (x9_limits)."""
+        return {name: getattr(self, name) for name in _RANGES}
+
+
+_RANGES: dict[str, tuple[int, int]] = {
+    "max_fids": (1, 1 << 24),
+    "max_queued": (1, 1 << 20),
+    "max_bytes": (0, 1 << 40),
+    "ops_per_second": (0, MAX_RATE),
+    "bytes_per_second": (0, MAX_RATE),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +134,7 @@ class DataPlane:
                 "root_fd": root_fd,
                 "readonly": readonly,
                 "max_msize": MAX_MSIZE,
-                "max_fids": self.limits.max_fids,
-                "max_queued": self.limits.max_queued,
+                "limits": self.limits.in_c(),
                 "pool_threads": self.limits.pool_threads,
                 "spin_us": spin_us() if self.limits.spin_us is None else self.limits.spin_us,
                 "timing": self.limits.timing,
@@ -180,6 +220,10 @@ class DataPlane:
         """Makes run() return PROTOCOL: the peer broke the rules."""
         lib.x9_dev_fail(self._dev, reason.encode())
 
+    def set_limits(self, limits: Limits) -> None:
+        """Changes what can be changed while it serves; threads, spin_us and timing stay. Callable from any thread."""
+        lib.x9_dev_set_limits(self._dev, ffi.new("x9_limits *", limits.in_c()))
+
     def reply(self, request: Request, message: bytes) -> None:
         """Sends the reply of a cold request; ends the request."""
         lib.x9_reply(self._dev, request.handle, message, len(message))
@@ -247,10 +291,11 @@ class DataPlane:
         return int(lib.x9_dev_order(self._dev))
 
     def stats(self) -> Mapping[str, int]:
-        """Counters since the start: requests, read_bytes, written_bytes, errors; and now: fids, in_flight, queued."""
+        """Counters since the start: requests, read_bytes, written_bytes, errors, throttled (messages), throttled_us; and
+        now: fids, in_flight, queued, bytes (that those in flight bind).
+        """
         out = self._stats()
-        names = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued")
-        return {name: int(getattr(out, name)) for name in names}
+        return {name: int(getattr(out, name)) for name in _STATS}
 
     def stats_by_type(self) -> Mapping[int, int]:
         """How many messages of each type have come."""

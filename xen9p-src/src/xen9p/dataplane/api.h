@@ -14,15 +14,26 @@ typedef struct x9_stats {
     uint64_t fids;
     uint64_t in_flight;
     uint64_t queued; /* of those in flight: waiting for a thread */
+    uint64_t bytes;  /* that those in flight bind */
+    uint64_t throttled;    /* messages that a limit has held up, */
+    uint64_t throttled_us; /* and for how long */
     uint64_t by_type[128];
 } x9_stats;
+
+/* What a peer may hold and use. Can be changed while a device serves. */
+typedef struct x9_limits {
+    uint32_t max_fids;
+    uint32_t max_queued; /* requests waiting for or held by the pool and Python together */
+    uint64_t max_bytes;  /* of these and their replies; 0: a few times the largest message */
+    uint64_t ops_per_second;   /* messages; 0: no limit */
+    uint64_t bytes_per_second; /* of messages both ways; 0: no limit */
+} x9_limits;
 
 typedef struct x9_config {
     int root_fd;         /* directory descriptor of the export; borrowed, stays open while the device lives */
     int readonly;
     uint32_t max_msize;  /* bytes */
-    uint32_t max_fids;
-    uint32_t max_queued; /* requests waiting for or held by the pool and Python together */
+    x9_limits limits;
     uint32_t pool_threads;
     uint32_t spin_us;    /* how long to look for work before sleeping; 0: not at all */
     int timing;          /* whether to measure how long messages take */
@@ -47,6 +58,7 @@ void x9_dev_stop(x9_dev *dev);
 void x9_dev_fail(x9_dev *dev, const char *reason);
 const char *x9_dev_reason(x9_dev *dev);
 void x9_dev_stats(x9_dev *dev, x9_stats *out);
+void x9_dev_set_limits(x9_dev *dev, const x9_limits *limits);
 
 x9_req *x9_next_cold(x9_dev *dev);
 void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len);

@@ -204,6 +204,12 @@ struct x9_locks {
     uint32_t nowners, nranges, nlinks;
 };
 
+/* A rate; see limits.c. Atomic. */
+struct x9_bucket {
+    uint64_t per_second; /* 0: no limit */
+    int64_t due;         /* ns on the clock of now_ns() */
+};
+
 /* A way to the peer: one ring pair, or one byte stream. Replies go back on the link of their request. */
 struct x9_link {
     struct x9_dev *dev;
@@ -220,6 +226,7 @@ struct x9_link {
     /* The reader's: when what is in the ring was seen first. */
     struct x9_mark marks[X9_MARKS];
     uint32_t first_mark, nmarks;
+    int64_t held_since; /* ns; 0: no limit holds its first message back. The reader's, changed below dev->lock */
 };
 
 /* A stretch that a sequential writer has left behind: worth writing back already. */
@@ -249,6 +256,8 @@ struct x9_req {
     struct x9_held *held; /* a Twrite whose data is still in the ring, at data_pos */
     uint32_t data_pos;
     struct x9_stream stream; /* a job of our own and no request: start writing this back */
+    uint32_t promised;       /* bytes of its reply that its rate has been charged with already */
+    uint64_t weight;         /* its part of dev->nbytes */
     bool running;
     bool replying; /* its reply is leaving: the peer may use the tag again any moment */
     struct x9_flush *flushes; /* the Tflush requests that wait for this one */
@@ -272,13 +281,15 @@ struct x9_dev {
     uint32_t xattr_fids, xattr_bytes; /* atomic */
     struct x9_link *links[X9_MAX_RINGS];
     uint32_t nlinks;
-    int gnt_fd, evt_fd, stop_fd;
+    int gnt_fd, evt_fd, wake_fd;
     uint32_t order;
 
     pthread_mutex_t lock; /* everything from here to the statistics */
     struct x9_queue pool, cold;
     struct x9_req *live;
     uint32_t nlive, npool, nidle, nqueued; /* nqueued: in the pool's queue */
+    uint64_t nbytes; /* that live requests bind */
+    uint64_t throttled, throttled_ns;
     pthread_cond_t idle; /* nlive fell */
     pthread_cond_t room; /* the peer gave a sign: there may be room for a reply */
     uint32_t room_waiters;
@@ -289,6 +300,8 @@ struct x9_dev {
 
     bool stop;  /* everybody out */
     bool drain; /* take nothing new, finish what is here */
+    struct x9_bucket ops, bytes;
+    int64_t held_until; /* the reader's: ns when a message may be taken that may not yet; 0: there is none */
     uint64_t slow_until; /* the reader's: us until which it leaves all writes to the pool */
     struct x9_late *late; /* the reader's */
     uint32_t nlate;
@@ -321,6 +334,7 @@ struct x9_call {
     struct x9_held *held; /* set by who leaves it there for the pool */
     struct x9_stream stream;
     struct x9_note note;
+    uint32_t promised; /* as in x9_req */
     uint8_t *big;       /* msize bytes, or NULL: allocated on first use */
     uint8_t out[X9_SMALL];
     uint32_t out_len;
@@ -337,6 +351,7 @@ bool spin_on(struct x9_spin *spin, uint32_t limit_us);
 void spin_found(struct x9_spin *spin, uint32_t limit_us);
 
 /* clock.c */
+uint64_t now_ns(void);
 uint64_t now_us(void);
 uint64_t clock_ns(int clock);
 uint64_t ticks(void);
@@ -366,9 +381,18 @@ int h_lock(struct x9_call *call);
 int h_getlock(struct x9_call *call);
 void locks_forget(struct x9_fid *fid);
 
+uint64_t limits_waited(int64_t since);
+bool limits_admit(struct x9_link *link, uint8_t type);
+int limits_pause(const struct x9_dev *dev);
+void limits_charge(struct x9_call *call);
+void limits_settle(struct x9_dev *dev, uint32_t *promised, uint32_t len);
+uint64_t limits_weight(const struct x9_call *call);
+bool limits_full(const struct x9_dev *dev, uint64_t weight);
+
 int link_wait_room(struct x9_link *link, uint32_t len);
 void link_notify(struct x9_link *link);
 void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len);
+void dev_wake(struct x9_dev *dev);
 bool dev_stopping(struct x9_dev *dev);
 bool dev_ending(struct x9_dev *dev);
 bool dev_idle(struct x9_dev *dev);
@@ -379,6 +403,7 @@ void obs_init(struct x9_dev *dev);
 void obs_free(struct x9_dev *dev);
 void obs_errno(struct x9_dev *dev, uint32_t err);
 void obs_look(struct x9_dev *dev);
+void obs_see(struct x9_link *link, uint32_t visible);
 void obs_take(struct x9_call *call, uint32_t visible);
 void obs_begin(struct x9_call *call);
 void obs_start(struct x9_note *note);

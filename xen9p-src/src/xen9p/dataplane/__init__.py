@@ -291,8 +291,8 @@ class DataPlane:
         return int(lib.x9_dev_order(self._dev))
 
     def stats(self) -> Mapping[str, int]:
-        """Counters since the start: requests, read_bytes, written_bytes, errors, throttled (messages), throttled_us; and
-        now: fids, in_flight, queued, bytes (that those in flight bind).
+        """Counters since the start: requests, read_bytes, written_bytes, errors, throttled (messages), throttled_us;
+        and now: fids, in_flight, queued, bytes (that those in flight bind).
         """
         out = self._stats()
         return {name: int(getattr(out, name)) for name in _STATS}

@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xen9p._dataplane import ffi, lib
 from xen9p.codec import Qid
 from xen9p.errors import Xen9pError
 from xen9p.histogram import BUCKETS, GROUPS, STAGES
+
+if TYPE_CHECKING:
+    from xen9p.auth import Authenticator
 
 MAX_MSIZE = 1 << 20
 """Largest message in bytes that a stream may agree on; a ring clamps it to half of its half."""
@@ -120,12 +123,22 @@ Serve = Callable[["DataPlane", Request], None]
 class DataPlane:
     """Serves the directory behind root_fd, which it owns, until stopped or the peer goes.
 
+    Args:
+        authenticator: of this peer alone; without one it is known already, and need not prove who it is.
+
     Raises:
         Xen9pError: out of memory, or root_fd is not usable.
     """
 
-    def __init__(self, root_fd: int, readonly: bool, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        root_fd: int,
+        readonly: bool,
+        limits: Limits | None = None,
+        authenticator: Authenticator | None = None,
+    ) -> None:
         self.limits = limits or Limits()
+        self.authenticator = authenticator
         self.readonly = readonly
         self.root_fd = root_fd
         config = ffi.new(
@@ -252,6 +265,25 @@ class DataPlane:
     def attach(self, num: int, uid: int) -> None:
         """Makes num a fid of the export's root for the guest's uid."""
         _raise(lib.x9_fid_attach(self._dev, num, uid))
+
+    def auth_new(self, num: int, challenge: bytes) -> None:
+        """Makes num a fid from which a challenge is read, and to which its response is written.
+
+        Raises:
+            OSError: EMFILE, there are too many of them; EINVAL, num is in use.
+        """
+        assert len(challenge) == lib.X9_CHALLENGE
+        _raise(lib.x9_auth_new(self._dev, num, challenge))
+
+    def auth_take(self, num: int) -> tuple[bytes, bytes]:
+        """The challenge and the response of such a fid, once.
+
+        Raises:
+            OSError: EBADF, it is none; EKEYREJECTED, it was taken before, or the response is not complete.
+        """
+        challenge, response = ffi.new("uint8_t[]", lib.X9_CHALLENGE), ffi.new("uint8_t[]", lib.X9_RESPONSE)
+        _raise(lib.x9_auth_take(self._dev, num, challenge, response))
+        return bytes(challenge), bytes(response)
 
     def clunk(self, num: int) -> None:
         """Gives a fid back. Raises OSError, EBADF."""

@@ -68,6 +68,10 @@ x9_fid *x9_fid_get(x9_dev *dev, uint32_t num);
 void x9_fid_put(x9_fid *fid);
 int x9_fid_attach(x9_dev *dev, uint32_t num, uint32_t uid);
 int x9_fid_clunk(x9_dev *dev, uint32_t num);
+#define X9_CHALLENGE 40 /* bytes that the client reads from the fid of a Tauth, */
+#define X9_RESPONSE 64  /* and that it writes: auth.py */
+int x9_auth_new(x9_dev *dev, uint32_t num, const uint8_t *challenge);
+int x9_auth_take(x9_dev *dev, uint32_t num, uint8_t *challenge, uint8_t *response);
 int x9_qid(x9_dev *dev, int fd, uint8_t *qid13);
 void x9_fd_path(int fd, char *path32);
 int x9_link_fd(int fd, int dir_fd, const char *name);

@@ -716,7 +716,7 @@ static void dispatch(struct x9_call *call)
         result = EOPNOTSUPP;
     else if (!dev->msize && call->type != P9_TVERSION)
         result = EPROTO; /* no session yet */
-    else if (dev->config.readonly && fs_mutates(call->type))
+    else if (dev->config.readonly && fs_mutates(call->type) && !auth_takes(call))
         result = EROFS;
     else if (fs_is_cold(call->type))
         result = later(call, true);

@@ -124,6 +124,7 @@ void ring_publish(struct x9_ring *ring, uint32_t len);
 
 /* --- fids --- */
 
+struct x9_auth;
 struct x9_xattr;
 struct x9_locks;
 
@@ -139,6 +140,7 @@ struct x9_fid {
     uint64_t stream_end, stream_sent; /* a sequential writer: where it is, and up to where writeback has been started */
     pthread_mutex_t lock; /* Tlopen's change of state, the position of a directory stream, what came for an xattr */
     struct x9_xattr *xattr; /* this fid is an extended attribute and no file; from its making to its end */
+    struct x9_auth *auth;   /* it is that of a Tauth; from its making to its end */
     struct x9_locks *locks; /* where locks that were taken through this fid are, if there were any */
     struct x9_fid *next;
 };
@@ -158,6 +160,7 @@ bool fids_has(struct x9_fids *fids, uint32_t num);
 int fids_add(struct x9_fids *fids, struct x9_fid *fid);
 int fids_swap(struct x9_fids *fids, struct x9_fid *old, struct x9_fid *fid);
 struct x9_fid *fids_get_xattr(struct x9_fids *fids, uint32_t num);
+struct x9_fid *fids_get_auth(struct x9_fids *fids, uint32_t num);
 struct x9_fid *fids_take(struct x9_fids *fids, uint32_t num);
 int fids_drop(struct x9_fids *fids, uint32_t num);
 void fid_put(struct x9_fid *fid);
@@ -278,7 +281,7 @@ struct x9_dev {
     uint32_t msize; /* 0 until Tversion */
     struct x9_fids fids;
     struct x9_locks locks;
-    uint32_t xattr_fids, xattr_bytes; /* atomic */
+    uint32_t xattr_fids, xattr_bytes, auth_fids; /* atomic */
     struct x9_link *links[X9_MAX_RINGS];
     uint32_t nlinks;
     int gnt_fd, evt_fd, wake_fd;
@@ -376,6 +379,11 @@ int xattr_write(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t co
 bool xattr_is_to_set(struct x9_dev *dev, uint32_t num);
 int xattr_end(struct x9_fid *fid);
 void xattr_free(struct x9_xattr *xattr);
+
+int auth_read(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t count);
+int auth_write(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t count);
+bool auth_takes(const struct x9_call *call);
+void auth_free(struct x9_auth *auth);
 
 int h_lock(struct x9_call *call);
 int h_getlock(struct x9_call *call);

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import socket
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -359,9 +363,50 @@ def test_attempts_are_limited(export: Path, monkeypatch: pytest.MonkeyPatch) -> 
             with refused(errno.EAGAIN):
                 client.attach(b"alice", afid=afid)
         other.enter(key=ALICE)
-        now = auth.time.monotonic()
-        monkeypatch.setattr(auth.time, "monotonic", lambda: now + auth.PAUSE + 1)
+        later = time.monotonic() + auth.PAUSE + 1
+        monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: later))
         client.enter(key=ALICE)
+
+
+def test_anything_on_afids_from_two_rings_at_once(export: Path) -> None:
+    """Four fids that are made, read, written, attached with, clunked at once: nobody gets in, nothing stays."""
+    keys = Authenticator(KEYS)
+    with serve_memory(export, rings=2, authenticator=keys) as (rings, served):
+        clients = [Client(MemoryRingTransport(ring), msize=8192) for ring in rings]
+        clients[0].version()
+        got: list[set[int]] = [set(), set()]
+
+        def work(ring: int) -> None:
+            draw = random.Random(ring)
+            for _ in range(1500):
+                afid, length = draw.randrange(4), draw.choice((0, 1, 32, RESPONSE_SIZE, 100))
+                message = draw.choice(
+                    (
+                        codec.Tauth(afid, b"alice", b"", 0),
+                        codec.Tread(afid, draw.choice((0, 30, 2**63)), 100),
+                        codec.Twrite(afid, draw.choice((0, 32)), bytes(length)),
+                        codec.Tattach(draw.randrange(4, 8), afid, b"alice", b"", 0),
+                        codec.Twalk(afid, 9, ()),
+                        codec.Tclunk(afid),
+                        codec.Tremove(afid),
+                    )
+                )
+                try:
+                    assert not isinstance(clients[ring].rpc(message), codec.Rattach | codec.Rwalk | codec.Rremove)
+                except OSError as error:
+                    got[ring].add(error.errno or -1)
+
+        threads = [threading.Thread(target=work, args=(ring,)) for ring in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        expected = {errno.EBADF, errno.EINVAL, errno.ENOSPC, errno.EKEYREJECTED, errno.EAGAIN}
+        assert got[0] | got[1] <= expected
+        clients[0].version()
+        assert served.device.stats()["fids"] == 0
+        for client in clients:
+            client.close()
 
 
 def test_a_server_without_keys_says_so(export: Path) -> None:

@@ -23,7 +23,17 @@ ORDER = 4
 MAX_MSIZE = 1 << (ORDER + 10)
 BATCH = 1 << (ORDER + 10)
 PATIENCE = 10.0  # seconds until an answer that is due counts as missing
-LIMITS = Limits(max_fids=64, max_queued=16, pool_threads=2, python_threads=2, spin_us=0)
+# Rates that count and hardly ever hold anything back.
+LIMITS = Limits(
+    max_fids=64,
+    max_queued=16,
+    max_bytes=2 * MAX_MSIZE,
+    ops_per_second=10**6,
+    bytes_per_second=10**9,
+    pool_threads=2,
+    python_threads=2,
+    spin_us=0,
+)
 SECRET = b"5d1f0c7e-what-no-guest-may-see"
 """The content of the file beside the export: it must never show up on a ring."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xen9p import server
+from xen9p.auth import Authenticator
 from xen9p.client import Client
 from xen9p.dataplane import DataPlane, Limits, Verdict
 from xen9p.transport.memory import MemoryRing, MemoryRingTransport
@@ -20,9 +21,15 @@ from xen9p.transport.stream_client import SocketTransport
 class Served:
     """A device that serves a directory in a thread, until stopped."""
 
-    def __init__(self, path: Path, readonly: bool = False, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        readonly: bool = False,
+        limits: Limits | None = None,
+        authenticator: Authenticator | None = None,
+    ) -> None:
         self.path = path
-        self.device = DataPlane(os.open(path, os.O_RDONLY | os.O_DIRECTORY), readonly, limits)
+        self.device = DataPlane(os.open(path, os.O_RDONLY | os.O_DIRECTORY), readonly, limits, authenticator)
         self.verdict: Verdict | None = None
         self._thread = threading.Thread(target=self._run)
 
@@ -63,10 +70,11 @@ def serve_memory(
     readonly: bool = False,
     limits: Limits | None = None,
     start_at: int = 0,
+    authenticator: Authenticator | None = None,
 ) -> Iterator[tuple[list[MemoryRing], Served]]:
     """Serves path over rings in memory whose indices start at start_at."""
     made = [MemoryRing(order) for _ in range(rings)]
-    served = Served(path, readonly, limits)
+    served = Served(path, readonly, limits, authenticator)
     for ring in made:
         ring.start_at(start_at)
         ring.serve_with(served.device)

@@ -433,6 +433,7 @@ static void grow_pool(struct x9_dev *dev)
     /* A thread that has been signalled counts as idle until it has the lock; so do those that it is to take. */
     if (dev->nqueued < dev->nidle || dev->npool >= dev->config.pool_threads)
         return;
+    act_as_server(); /* a thread begins with what its maker has */
     pthread_attr_init(&attr);
     pthread_attr_setstacksize(&attr, POOL_STACK);
     if (!pthread_create(&dev->threads[dev->npool], &attr, pool_thread, dev))
@@ -540,6 +541,18 @@ void x9_reply_errno(x9_dev *dev, x9_req *req, uint32_t err)
 
     encode_errno(dev, msg, req->tag, err);
     x9_reply(dev, req, msg, sizeof msg);
+}
+
+/* From now on; what is more than that already stays. */
+int x9_dev_set_limits(x9_dev *dev, uint32_t max_fids, uint32_t max_queued)
+{
+    pthread_mutex_lock(&dev->fids.lock);
+    dev->fids.max = dev->config.max_fids = max_fids;
+    pthread_mutex_unlock(&dev->fids.lock);
+    pthread_mutex_lock(&dev->lock);
+    dev->config.max_queued = max_queued;
+    pthread_mutex_unlock(&dev->lock);
+    return 0;
 }
 
 x9_fid *x9_fid_get(x9_dev *dev, uint32_t num) { return fids_get(&dev->fids, num); }
@@ -981,6 +994,7 @@ void x9_dev_free(x9_dev *dev)
         free(link->stream_buf);
         free(link);
     }
+    users_free(dev);
     obs_free(dev);
     if (dev->fids.buckets)
         fids_free(&dev->fids);

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from xen9p.errors import PolicyError
+
 NOBODY: Final = 65534
 """As whom user namespaces show what is not mapped: here too, and who is not mapped acts with these numbers."""
 MOST_ID: Final = (1 << 32) - 2  # the last one says "none"
 MOST_RANGES: Final = 340  # as in user namespaces
-MOST_USERS: Final = 1024  # whose groups a worker is told; all of it goes into one packet
-MOST_GROUPS: Final = 64
+MOST_GROUPS: Final = 64  # of a user
+MOST_NUMBERS: Final = 4096  # of users and groups that a worker is told: all of it goes into one packet
 
 Range = tuple[int, int, int]
 """First number in the guest, first on the host, how many."""
@@ -66,9 +68,7 @@ class Identity:
 
 
 def _ranges(ranges: tuple[Range, ...]) -> str:
-    return ", ".join(
-        f"{g} -> {h}" if n == 1 else f"{g}..{g + n - 1} -> {h}..{h + n - 1}" for g, h, n in ranges
-    )
+    return ", ".join(f"{g} -> {h}" if n == 1 else f"{g}..{g + n - 1} -> {h}..{h + n - 1}" for g, h, n in ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +121,16 @@ def listed(identity: Identity, table: Mapping[int, Iterable[int]]) -> Groups:
 
 
 def of_host(identity: Identity) -> Groups:
-    """The groups of the host's users whom the guest's may be, from passwd and group; root needs none."""
+    """The groups of the host's users whom the guest's may be, from passwd and group; root needs none.
+
+    Raises:
+        PolicyError: there are too many.
+    """
     found = {}
     for user in pwd.getpwall():
         if user.pw_uid and user.pw_uid not in found and identity.covers(user.pw_uid):
             more = sorted(set(os.getgrouplist(user.pw_name, user.pw_gid)) - {user.pw_gid})
             found[user.pw_uid] = (user.pw_gid, *more)[:MOST_GROUPS]
-    return tuple(sorted(found.items())[:MOST_USERS])
+    if sum(1 + len(gids) for gids in found.values()) > MOST_NUMBERS:
+        raise PolicyError(f"the host has more than {MOST_NUMBERS} users and groups", "list groups in the policy")
+    return tuple(sorted(found.items()))

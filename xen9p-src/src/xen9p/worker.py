@@ -29,12 +29,15 @@ from typing import Any
 from xen9p import journal, sandbox, server, tracer
 from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
 from xen9p.errors import Xen9pError, describe
+from xen9p.users import from_plain
 
 LOG = logging.getLogger(__name__)
 SEND_TIMEOUT = struct.pack("ll", 2, 0)
 MOST_FIDS = 1 << 18
 RESERVED_FDS = 128  # for what is no fid: rings, sockets, the export
 HELLO_FIELDS = ("domid", "devid", "guest", "uuid", "tag", "export", "readonly")
+TERMS = ("users", "limits")
+"""What of a request may change while the device serves."""
 PR_SET_NAME = 15
 LAST_WORDS = 2.0  # seconds that a worker waits for somebody to tell why it failed
 
@@ -82,6 +85,7 @@ class Worker:
         self.request = request
         self.listener = listener
         self.device: DataPlane | None = None
+        self._made: DataPlane | None = None  # the same from its making on, before it serves
         self._clients: list[socket.socket] = []
         self._lock = threading.Lock()  # of everything below, and of the device's life
         self._told = threading.Condition(self._lock)
@@ -103,6 +107,7 @@ class Worker:
             device = self._open()
         except Xen9pError as error:
             failure = error
+        self._made = device
         # Not before: a thread that runs already would stay outside the walls.
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         if device is None:
@@ -122,7 +127,7 @@ class Worker:
         verdict = device.run(server.serve)
         reason = device.reason
         with self._lock:  # nobody asks for statistics meanwhile
-            self.device = None
+            self.device = self._made = None
         for thread in list(self._tracers):  # each looks once more and leaves
             thread.join()
         device.close()
@@ -134,7 +139,8 @@ class Worker:
         """The device, and the process shut in with it: no byte of the guest's has been seen yet."""
         readonly = bool(self.request["readonly"])
         root = sandbox.cage(self.request["path"], readonly)
-        device = DataPlane(root, readonly, limits(self.request.get("limits")))
+        users = from_plain(self.request["users"]) if "users" in self.request else None
+        device = DataPlane(root, readonly, limits(self.request.get("limits")), users)
         try:
             device.open_xen()
             missing = sandbox.shut(root, readonly)
@@ -166,6 +172,8 @@ class Worker:
             for ring in rings:
                 device.add_xen_ring(self.request["domid"], ring["ref"], ring["port"])
         except Xen9pError:
+            with self._lock:
+                self._made = None
             device.close()
             raise
 
@@ -173,9 +181,9 @@ class Worker:
 
     def _hello(self) -> dict[str, Any]:
         state = "serving" if self._ready else "prepared" if self._rings is None else "starting"
-        return {"event": "hello", "pid": os.getpid(), "state": state} | {
-            name: self.request[name] for name in HELLO_FIELDS
-        }
+        said = {name: self.request[name] for name in HELLO_FIELDS}
+        terms = {name: self.request[name] for name in TERMS if name in self.request}
+        return {"event": "hello", "pid": os.getpid(), "state": state} | said | terms
 
     def _listen(self) -> None:
         while True:
@@ -231,6 +239,8 @@ class Worker:
                     if self._rings is None:
                         self._rings = order["rings"]
                         self._told.notify_all()
+                case "settle" if self._made:
+                    self._send(client, {"event": "settled", "problem": self._settle(self._made, order)})
                 case "stop":
                     self._stopping = True
                     self._told.notify_all()
@@ -240,6 +250,16 @@ class Worker:
                     self._send(client, {"event": "stats"} | dict(self.device.stats()))
                 case "metrics" if self.device:
                     self._send(client, {"event": "metrics"} | seen(self.device))
+
+    def _settle(self, device: DataPlane, order: Mapping[str, Any]) -> str:
+        """Other terms from now on; what keeps them from being taken, in words."""
+        try:
+            device.set_users(from_plain(order["users"]))
+            device.set_limits(limits(order["limits"]))
+        except (Xen9pError, KeyError, TypeError, ValueError) as error:
+            return str(error) or type(error).__name__
+        self.request = {**self.request, **{name: order[name] for name in TERMS}}
+        return ""
 
     def _finish(self, event: dict[str, Any]) -> None:
         with self._lock:

@@ -89,9 +89,7 @@ class DataPlane:
         Xen9pError: out of memory, or root_fd is not usable.
     """
 
-    def __init__(
-        self, root_fd: int, readonly: bool, limits: Limits | None = None, users: Users | None = None
-    ) -> None:
+    def __init__(self, root_fd: int, readonly: bool, limits: Limits | None = None, users: Users | None = None) -> None:
         self.limits = limits or Limits()
         self.readonly = readonly
         self.root_fd = root_fd

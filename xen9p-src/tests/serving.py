@@ -15,14 +15,17 @@ from xen9p.client import Client
 from xen9p.dataplane import DataPlane, Limits, Verdict
 from xen9p.transport.memory import MemoryRing, MemoryRingTransport
 from xen9p.transport.stream_client import SocketTransport
+from xen9p.users import Users
 
 
 class Served:
     """A device that serves a directory in a thread, until stopped."""
 
-    def __init__(self, path: Path, readonly: bool = False, limits: Limits | None = None) -> None:
+    def __init__(
+        self, path: Path, readonly: bool = False, limits: Limits | None = None, users: Users | None = None
+    ) -> None:
         self.path = path
-        self.device = DataPlane(os.open(path, os.O_RDONLY | os.O_DIRECTORY), readonly, limits)
+        self.device = DataPlane(os.open(path, os.O_RDONLY | os.O_DIRECTORY), readonly, limits, users)
         self.verdict: Verdict | None = None
         self._thread = threading.Thread(target=self._run)
 
@@ -62,11 +65,12 @@ def serve_memory(
     order: int = 5,
     readonly: bool = False,
     limits: Limits | None = None,
+    users: Users | None = None,
     start_at: int = 0,
 ) -> Iterator[tuple[list[MemoryRing], Served]]:
     """Serves path over rings in memory whose indices start at start_at."""
     made = [MemoryRing(order) for _ in range(rings)]
-    served = Served(path, readonly, limits)
+    served = Served(path, readonly, limits, users)
     for ring in made:
         ring.start_at(start_at)
         ring.serve_with(served.device)

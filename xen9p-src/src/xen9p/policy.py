@@ -345,8 +345,9 @@ class _Parser:
 
     def _terms(self, table: dict[str, Any], where: str) -> Terms:
         checks = self._choice(table, "checks", where, ("server", "guest")) == "server"
+        before = len(self.problems)
         identity = self._identity(table.get("identity", "as-is"), where)
-        if checks and identity.squash == "all" and identity.uid == 0:
+        if len(self.problems) == before and checks and identity.squash == "all" and identity.uid == 0:
             self.problems.append(f"{where}: identity makes root of every user (name a uid that is not 0)")
         groups, listed = self._groups(table.get("groups", "own"), where)
         if groups != "own" and not checks:

@@ -121,7 +121,7 @@ def enforce(path: Path, quota: Quota) -> None:
 
 def project_of(path: Path) -> int:
     """The number of a directory's project: always the same, and far from those that people choose."""
-    return zlib.crc32(os.fsencode(path)) | 1 << 31 if path != Path("/") else 1 << 31
+    return zlib.crc32(os.fsencode(path)) & 0x3FFFFFFF | 1 << 30
 
 
 def _run(path: Path, command: Iterable[str], remedy: str, *, may_fail: bool = False) -> None:

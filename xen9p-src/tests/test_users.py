@@ -306,6 +306,86 @@ def test_threads_go_from_one_user_to_another(export: Path, opener: Opener) -> No
         assert len(list((export / f"{uid}").iterdir())) == 101
 
 
+def test_each_message_takes_the_rights_of_its_own_user(export: Path, opener: Opener) -> None:
+    """Before each of Bob's there is the same of root's: what a thread has left of root helps nobody."""
+    export.chmod(0o755)
+    for name in (b"f", b"g", b"d"):
+        path = export / name.decode()
+        path.mkdir() if name == b"d" else path.write_text("content")
+        path.chmod(0o700)
+    os.setxattr(export / "f", "user.a", b"x")
+    with opener(export, TREE) as client:
+        roots, bobs = (
+            {name: client.walk(client.attach(n_uname=uid), *([name] if name else [])) for name in (b"", b"f", b"d")}
+            for uid in (0, BOB)
+        )
+
+        def attempts(at: dict[bytes, int], mine: bytes) -> list[tuple[str, Callable[[], object]]]:
+            return [
+                ("EACCES", lambda: client.lopen(client.walk(at[b"f"]))),
+                ("EACCES", lambda: client.lopen(client.walk(at[b"f"]), os.O_WRONLY | os.O_TRUNC)),
+                ("EACCES", lambda: client.lopen(client.walk(at[b"d"]))),
+                ("ENOENT/EACCES", lambda: client.walk(at[b"d"], b"none")),
+                ("EACCES", lambda: client.lcreate(client.walk(at[b"d"]), mine + b"1", os.O_WRONLY)),
+                ("EACCES", lambda: client.mkdir(at[b"d"], mine + b"2")),
+                ("EACCES", lambda: client.mknod(at[b"d"], mine + b"3", stat.S_IFIFO)),
+                ("EACCES", lambda: client.symlink(at[b"d"], mine + b"4", b"to")),
+                ("EACCES/EPERM", lambda: client.link(at[b""], at[b"f"], mine + b"5")),
+                ("EPERM", lambda: client.setattr(at[b"f"], mode=0o700)),
+                ("EACCES", lambda: client.setattr(at[b"f"], size=3)),
+                ("EACCES", lambda: get(client, at[b"f"], b"user.a")),
+                ("EACCES", lambda: put(client, at[b"f"], b"user.a", b"y")),
+                ("EACCES", lambda: client.renameat(at[b""], b"g", at[b""], b"g" if mine == b"root" else b"mine")),
+                ("EACCES", lambda: client.unlinkat(at[b""], b"g") if mine == b"bob" else client.getattr(at[b"f"])),
+            ]
+
+        for _ in range(3):
+            for i, ((refusal, by_bob), (_, by_root)) in enumerate(
+                zip(attempts(bobs, b"bob"), attempts(roots, b"root"), strict=True)
+            ):
+                got = outcome(by_root)
+                assert got == "worked" or (got, i) == ("ENOENT", 3) or got == "EEXIST", i
+                assert outcome(by_bob) in refusal.split("/"), i
+    assert (export / "g").read_text() == "content"
+
+
+def test_nobody_has_the_groups_of_the_user_before(export: Path, opener: Opener) -> None:
+    (export / "staff").mkdir()
+    (export / "staff" / "f").touch()
+    os.chown(export / "staff", 0, STAFF)
+    (export / "staff").chmod(0o770)
+    with opener(export, TREE) as client:
+        bob, carol = (client.walk(client.attach(n_uname=uid), b"staff") for uid in (BOB, CAROL))
+        for i in range(8):  # for each thread that there is
+            for fid, wanted in ((bob, "worked"), (carol, "EACCES")):
+                name = f"{i}-{wanted}".encode()
+                assert outcome(lambda fid=fid: client.walk(fid, b"f")) == wanted
+                assert outcome(lambda fid=fid, name=name: client.mkdir(fid, name)) == wanted
+                at = client.walk(fid)
+                assert outcome(lambda at=at, name=name: client.lcreate(at, name + b"f", os.O_WRONLY)) == wanted
+
+
+def test_a_new_thread_has_all_rights_whoever_was_served_last(export: Path, opener: Opener) -> None:
+    (export / "f").write_text("content")
+    with opener(export, CHECKED) as client:
+        root, alice = client.attach(n_uname=0), client.attach(n_uname=ALICE)
+        fid = client.walk(root, b"f")
+        client.walk(alice, b"f")  # the reader is Alice
+        client.setattr(fid, size=3)  # the first thing for the pool, whose thread the reader starts
+    assert (export / "f").read_text() == "con"
+
+
+def test_locks_are_taken_with_the_servers_rights(export: Path, opener: Opener) -> None:
+    """Whoever has a file open may lock it, as with flock(2), though it could not be opened again."""
+    export.chmod(0o777)
+    with opener(export, CHECKED) as client:
+        alice = client.attach(n_uname=ALICE)
+        fid = client.walk(alice)
+        client.lcreate(fid, b"f", os.O_RDWR, 0o000, ALICE)
+        client.walk(alice, b"f")  # the reader is Alice
+        assert client.lock(fid, codec.LOCK_TYPE_WRLCK, proc_id=1, client_id=b"client") == codec.LOCK_SUCCESS
+
+
 def test_what_is_open_stays_open(export: Path, opener: Opener) -> None:
     """As with any file: rights are looked at when it is opened, for its size too, and not any more then."""
     export.chmod(0o777)
@@ -370,7 +450,15 @@ def test_renaming_and_removing_by_fid(export: Path, opener: Opener) -> None:
         os.chown(export / "d", BOB, BOB)
         client.rename(client.walk(root, b"d", b"f"), client.walk(root, b"sticky"), b"g")
         client.remove(client.walk(root, b"sticky", b"g"))
-    assert os.listdir(export / "sticky") == []
+        # Having walked there is enough, as with an open directory: the way may be closed by now.
+        (export / "d" / "e").mkdir(mode=0o755)
+        (export / "d" / "e" / "f").touch()
+        os.chown(export / "d" / "e", BOB, BOB)
+        fid = client.walk(root, b"d", b"e", b"f")
+        os.chown(export / "d", 0, 0)
+        (export / "d").chmod(0o700)
+        client.remove(fid)
+    assert os.listdir(export / "sticky") == os.listdir(export / "d" / "e") == []
 
 
 def test_the_group_that_a_message_names(export: Path, opener: Opener) -> None:

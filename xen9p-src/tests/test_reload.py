@@ -188,6 +188,16 @@ def test_what_only_the_next_attach_brings_is_said(
     assert managed.later == ""
 
 
+def test_a_worker_of_an_earlier_version_takes_no_terms(attached: tuple[Supervisor, Managed, Recorder, Path]) -> None:
+    supervisor, managed, worker, file = attached
+    managed.deaf = True
+    write(file, "special = true")
+    supervisor.reload()
+    assert worker.told == []
+    assert managed.later == "its terms (the worker is of an earlier version)"
+    assert from_plain(managed.terms["users"]).special, "the next worker gets them"
+
+
 def test_what_was_narrowed_by_hand_is_not_pending(attached: tuple[Supervisor, Managed, Recorder, Path]) -> None:
     supervisor, managed, _, file = attached
     managed.narrowed = True
@@ -252,7 +262,7 @@ def test_a_worker_takes_other_terms_over_its_socket(tmp_path: Path) -> None:
                 answer: dict[str, Any] = json.loads(lines.readline())
                 return answer
 
-            assert "users" not in json.loads(lines.readline())
+            assert from_plain(json.loads(lines.readline())["users"]) == Users()
             terms = {"users": Users(checks=True).plain(), "limits": {"max_fids": 50}}
             assert ask({"do": "settle", **terms}) == {"event": "settled", "problem": ""}
             assert device.users == Users(checks=True)

@@ -60,6 +60,7 @@ class Managed:
         self.machine = machine
         self.worker: Worker | None = None
         self.terms: Object = {}  # as the worker was told
+        self.deaf = False  # its worker is of an earlier version, which knows no terms
         self.narrowed = False  # by hand
         self.later = ""  # what the policy says by now and only the next attach brings
         self.dirty = False
@@ -450,10 +451,12 @@ class Supervisor:
             managed.grant = dataclasses.replace(was, terms=now.terms)
             if terms != managed.terms:
                 managed.terms = terms
-                if managed.worker is not None:
+                if managed.worker is not None and not managed.deaf:
                     managed.worker.settle(terms)
-                managed.say("info", "takes the policy's new terms")
+                    managed.say("info", "takes the policy's new terms")
         later = was.later(now)
+        if managed.deaf:
+            later += (", " if later else "") + "its terms (the worker is of an earlier version)"
         if later and later != managed.later:
             managed.say("warning", f"stays as it is until its next attach; then: {later}")
         managed.later = later
@@ -462,7 +465,11 @@ class Supervisor:
 
     def _renew(self, managed: Managed) -> None:
         """A device that is made anew is made by the policy of now; without a rule as it was."""
-        if (now := self._now(managed)) is not None and not self._problems(now):
+        now = self._now(managed)
+        problems = self._problems(now) if now else []
+        for problem in problems:
+            managed.say("error", f"is made anew as it was: {problem}")
+        if now is not None and not problems:
             managed.grant, managed.terms, managed.later = now, _terms(now), ""
 
     # Workers.
@@ -510,6 +517,7 @@ class Supervisor:
         if managed.worker is not None:
             return managed.worker
         who, grant = managed.owner.id, managed.grant
+        managed.deaf = False
         worker = self._new_worker(managed)
         request: Object = {
             "domid": who.domid,
@@ -576,9 +584,9 @@ class Supervisor:
         machine.reason = left.failed
         managed = Managed(guest, left.devid, left.grant, machine)
         # Of a worker that is gone nobody knows; then what is safest, until _settle() finds a rule.
-        managed.terms = (
-            {name: found.hello[name] for name in _TERMS if name in found.hello} if found else _terms(left.grant)
-        )
+        managed.deaf = found is not None and not found.hello.keys() >= set(_TERMS)
+        known = found is not None and not managed.deaf
+        managed.terms = {name: found.hello[name] for name in _TERMS} if found and known else _terms(left.grant)
         guest.devices[left.devid] = managed
         if found is not None:
             managed.say("info", f"taken over worker={found.pid}")

@@ -29,7 +29,7 @@ from typing import Any
 from xen9p import journal, sandbox, server, tracer
 from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
 from xen9p.errors import Xen9pError, describe
-from xen9p.users import from_plain
+from xen9p.users import Users, from_plain
 
 LOG = logging.getLogger(__name__)
 SEND_TIMEOUT = struct.pack("ll", 2, 0)
@@ -182,7 +182,7 @@ class Worker:
     def _hello(self) -> dict[str, Any]:
         state = "serving" if self._ready else "prepared" if self._rings is None else "starting"
         said = {name: self.request[name] for name in HELLO_FIELDS}
-        terms = {name: self.request[name] for name in TERMS if name in self.request}
+        terms = {"users": Users().plain(), "limits": {}} | {n: self.request[n] for n in TERMS if n in self.request}
         return {"event": "hello", "pid": os.getpid(), "state": state} | said | terms
 
     def _listen(self) -> None:

@@ -367,6 +367,7 @@ def test_nobody_has_the_groups_of_the_user_before(export: Path, opener: Opener) 
 
 def test_a_new_thread_has_all_rights_whoever_was_served_last(export: Path, opener: Opener) -> None:
     (export / "f").write_text("content")
+    (export / "f").chmod(0o600)
     with opener(export, CHECKED) as client:
         root, alice = client.attach(n_uname=0), client.attach(n_uname=ALICE)
         fid = client.walk(root, b"f")

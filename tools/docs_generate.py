@@ -197,7 +197,8 @@ class Handled:
 
 NOTES = {
     # By handler, so that a note goes when its handler does.
-    "_auth": "answers `ENOENT`: the domain behind the ring is the identity",
+    "_auth": "answers `ENOENT` where no key is wanted: the domain behind the ring is the identity",
+    "_attach": "with the fid of a `Tauth` where a key is wanted",
     "h_xattrwalk": "on the reader while nothing else is under way, else in the pool",
     "h_lock": "the host's kernel keeps the locks; a lock in the way is `P9_LOCK_BLOCKED` at once",
     "h_getlock": "kind `P9_LOCK_TYPE_UNLCK`, which v9fs sends, asks for any lock",

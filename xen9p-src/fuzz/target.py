@@ -25,7 +25,17 @@ ORDER = 4
 MAX_MSIZE = 1 << (ORDER + 10)
 BATCH = 1 << (ORDER + 10)
 PATIENCE = 10.0  # seconds until an answer that is due counts as missing
-LIMITS = Limits(max_fids=64, max_queued=16, pool_threads=2, python_threads=2, spin_us=0)
+# Rates that count and hardly ever hold anything back.
+LIMITS = Limits(
+    max_fids=64,
+    max_queued=16,
+    max_bytes=2 * MAX_MSIZE,
+    ops_per_second=10**6,
+    bytes_per_second=10**9,
+    pool_threads=2,
+    python_threads=2,
+    spin_us=0,
+)
 USERS = (
     None,
     Users(checks=True, groups=((1000, (1000, 100)),)),
@@ -115,7 +125,7 @@ class _Run:
                     os.eventfd_read(fd)
         # Always the same for a conversation, so that it can be run again.
         users = USERS[zlib.crc32(repr(conversation[:4]).encode()) % len(USERS)] if os.geteuid() == 0 else None
-        self.device = DataPlane(os.open(export, os.O_RDONLY | os.O_DIRECTORY), False, LIMITS, users)
+        self.device = DataPlane(os.open(export, os.O_RDONLY | os.O_DIRECTORY), False, LIMITS, users=users)
         for ring in rings:
             ring.serve_with(self.device)
         self.fronts = [MemoryRingTransport(ring, timeout=0) for ring in rings]

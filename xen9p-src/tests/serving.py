@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xen9p import server
+from xen9p.auth import Authenticator
 from xen9p.client import Client
 from xen9p.dataplane import DataPlane, Limits, Verdict
 from xen9p.transport.memory import MemoryRing, MemoryRingTransport
@@ -22,10 +23,15 @@ class Served:
     """A device that serves a directory in a thread, until stopped."""
 
     def __init__(
-        self, path: Path, readonly: bool = False, limits: Limits | None = None, users: Users | None = None
+        self,
+        path: Path,
+        readonly: bool = False,
+        limits: Limits | None = None,
+        authenticator: Authenticator | None = None,
+        users: Users | None = None,
     ) -> None:
         self.path = path
-        self.device = DataPlane(os.open(path, os.O_RDONLY | os.O_DIRECTORY), readonly, limits, users)
+        self.device = DataPlane(os.open(path, os.O_RDONLY | os.O_DIRECTORY), readonly, limits, authenticator, users)
         self.verdict: Verdict | None = None
         self._thread = threading.Thread(target=self._run)
 
@@ -67,10 +73,11 @@ def serve_memory(
     limits: Limits | None = None,
     users: Users | None = None,
     start_at: int = 0,
+    authenticator: Authenticator | None = None,
 ) -> Iterator[tuple[list[MemoryRing], Served]]:
     """Serves path over rings in memory whose indices start at start_at."""
     made = [MemoryRing(order) for _ in range(rings)]
-    served = Served(path, readonly, limits, users)
+    served = Served(path, readonly, limits, authenticator, users)
     for ring in made:
         ring.start_at(start_at)
         ring.serve_with(served.device)

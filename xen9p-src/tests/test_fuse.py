@@ -20,7 +20,8 @@ import pytest
 
 import differential
 from serving import serve_unix
-from xen9p import codec
+from test_serve import serving
+from xen9p import auth, codec
 from xen9p.transport.stream_client import SocketTransport
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
@@ -115,6 +116,24 @@ def test_random_operations_as_in_a_local_directory(export: Path, tmp_path: Path,
             assert differential.whole_tree(str(export)) == differential.whole_tree(str(local))
     finally:
         os.umask(old)
+
+
+def test_a_mount_with_a_key(export: Path, tmp_path: Path) -> None:
+    keys, none = tmp_path / "keys", tmp_path / "none"
+    auth.make(keys, "alice")
+    auth.make(none, "alice")
+    (export / "f").write_text("hello")
+    with serving(export, "--unix", str(tmp_path / "socket"), "--keys", str(keys)):
+        process = start(tmp_path / "socket", tmp_path / "mnt", "--key", str(keys))
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert (tmp_path / "mnt" / "f").read_text() == "hello"
+        assert end(process)[0] == 0
+        for options, says in (([], "the server wants a key"), (["--key", str(none)], "refuses the key 'alice'")):
+            process = start(tmp_path / "socket", tmp_path / "mnt", *options)
+            _, said = process.communicate(timeout=10)
+            assert process.returncode == 1
+            assert says in said.decode()
+            assert "Traceback" not in said.decode()
 
 
 def test_files_of_every_kind(export: Path, tmp_path: Path) -> None:

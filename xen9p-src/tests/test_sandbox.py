@@ -23,7 +23,7 @@ import pytest
 
 from confined import child, confine, confined_session, needs_admin
 from serving import memory_session
-from xen9p import codec, sandbox, worker, zygote
+from xen9p import auth, codec, sandbox, worker, zygote
 from xen9p.client import Client
 from xen9p.errors import Xen9pError
 from xen9p.transport.stream_client import SocketTransport
@@ -300,6 +300,22 @@ def test_a_worker_that_cannot_begin_says_why(tmp_path: Path) -> None:
         events = [json.loads(line) for line in sock.makefile("rb")]
     assert [e["event"] for e in events] == ["hello", "failed"]
     assert events[1]["reason"].startswith(f"cannot serve {tmp_path / 'none'}: No such file")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+def test_a_worker_reads_its_keys_before_the_door_shuts(tmp_path: Path) -> None:
+    """From where they are on the host; a file that it must not use ends it, and it says which that is."""
+    path, keys = tmp_path / "worker.sock", tmp_path / "keys"
+    auth.make(keys)
+    keys.chmod(0o644)
+    request: dict[str, Any] = dict.fromkeys(worker.HELLO_FIELDS, "x") | {"domid": 1, "devid": 0, "readonly": False}
+    request |= {"socket": str(path), "path": str(tmp_path), "keys": str(keys)}
+    pid = zygote.spawn(request, worker.main)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(path))
+        events = [json.loads(line) for line in sock.makefile("rb")]
+    assert events[-1]["reason"].startswith(f"{keys} is open to others")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 

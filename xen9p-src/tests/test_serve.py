@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from xen9p import auth
+from xen9p.cli import main as run
 from xen9p.client import Client
 from xen9p.transport.stream_client import SocketTransport
 
@@ -98,3 +100,42 @@ def test_an_address_that_cannot_be_used(export: Path, options: list[str]) -> Non
     assert done.returncode == 1
     assert done.stderr.startswith("xen9p: error: cannot listen on ")
     assert done.stderr.count("\n") == 1
+
+
+def test_serving_with_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export, place = tmp_path / "export", str(tmp_path / "sock")
+    export.mkdir()
+    (export / "f").write_text("hello\n")
+    theirs, ours, wrong = (tmp_path / name for name in ("theirs", "ours", "wrong"))
+    for name in ("alice", "bob"):
+        auth.make(theirs, name)
+    ours.write_text(theirs.read_text().split("\n\n")[0])
+    ours.chmod(0o600)
+    auth.make(wrong, "alice")
+    with serving(export, "--unix", place, "--keys", str(theirs)) as (process, line):
+        assert "serving" in line
+        for options, code, out, err in (
+            (["--key", str(ours)], 0, "hello\n", ""),
+            (["--key", str(theirs), "--key-name", "bob"], 0, "hello\n", ""),
+            ([], 1, "", "xen9p: error: the server wants a key (say which: --key FILE)\n"),
+            (["--key", str(wrong)], 1, "", "xen9p: error: the server refuses the key 'alice' (is it "),
+            (["--key-name", "bob"], 1, "", "xen9p: error: --key-name without --key"),
+            (["--key", str(theirs)], 1, "", f"xen9p: error: {theirs} has several keys"),
+        ):
+            assert run(["cat", "--unix", place, *options, ":/f"]) == code
+            said = capsys.readouterr()
+            assert said.out == out
+            assert said.err.startswith(err)
+            assert said.err.count("\n") == bool(err)
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_serving_refuses_an_open_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = tmp_path / "keys"
+    auth.make(keys)
+    keys.chmod(0o644)
+    place = str(tmp_path / "sock")
+    assert run(["serve", "--export", str(tmp_path), "--unix", place, "--keys", str(keys)]) == 1
+    assert capsys.readouterr().err == f"xen9p: error: {keys} is open to others (mode 0644) (chmod 600 {keys})\n"
+    assert not Path(place).exists()

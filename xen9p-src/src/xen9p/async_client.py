@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from xen9p import codec, requests
+from xen9p.auth import CHALLENGE_SIZE, Key, asking, explained, respond
 from xen9p.codec import Dirent, Message, Qid
 from xen9p.errors import ProtocolError, Xen9pError
 from xen9p.requests import DEFAULT_MSIZE
@@ -68,13 +69,22 @@ class AsyncClient:
 
     @classmethod
     async def connect(
-        cls, transport: Transport, aname: bytes = b"", msize: int = DEFAULT_MSIZE, n_uname: int = 0
+        cls,
+        transport: Transport,
+        aname: bytes = b"",
+        msize: int = DEFAULT_MSIZE,
+        n_uname: int = 0,
+        key: Key | None = None,
     ) -> tuple[AsyncClient, int]:
-        """A client with its version agreed, and the root fid of the tree named aname."""
+        """A client with its version agreed, and the root fid of the tree named aname.
+
+        Raises:
+            AuthError: the server wants a key, refuses this one, or wants none.
+        """
         client = cls(transport, msize)
         try:
             await client.version()
-            root = await client.attach(aname=aname, n_uname=n_uname)
+            root = await client.enter(aname, n_uname, key)
         except BaseException:
             client.close()
             raise
@@ -266,6 +276,31 @@ class AsyncClient:
         fid = self.new_fid()
         await self.call(codec.Tattach(fid, afid, uname, aname, n_uname), codec.Rattach, fid)
         return fid
+
+    async def auth(self, uname: bytes = b"", aname: bytes = b"", n_uname: int = 0) -> int:
+        """The fid of an authentication exchange."""
+        afid = self.new_fid()
+        await self.call(codec.Tauth(afid, uname, aname, n_uname), codec.Rauth, afid)
+        return afid
+
+    async def enter(self, aname: bytes = b"", n_uname: int = 0, key: Key | None = None) -> int:
+        """attach(), with proof of a key if there is one.
+
+        Raises:
+            AuthError: the server wants a key, refuses this one, or wants none.
+        """
+        with explained(key):
+            if key is None:
+                return await self.attach(aname=aname, n_uname=n_uname)
+            uname = key.name.encode()
+            with asking(key):
+                afid = await self.auth(uname, aname, n_uname)
+            try:
+                response = respond(key, await self.read(afid, 0, CHALLENGE_SIZE), aname, n_uname)
+                await self.write(afid, 0, response)
+                return await self.attach(uname, aname, n_uname, afid)
+            finally:
+                self.forget(afid)
 
     async def walk(self, fid: int, *names: bytes) -> int:
         """A new fid for what lies at names beneath fid; without names, a second fid for the same file."""

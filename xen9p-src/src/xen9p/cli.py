@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from xen9p import __version__, control, file_options, policy
+from xen9p import __version__, auth, control, file_options, policy
 from xen9p.errors import Xen9pError
 
 EXIT_USAGE: Final = 2
@@ -94,11 +94,29 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write every request of every client; .pcap and .json ask for these formats, - is standard output",
     )
+    serve.add_argument(
+        "--keys", type=Path, metavar="FILE", help="only to clients that have one of its keys; see: xen9p key make"
+    )
     where = serve.add_mutually_exclusive_group(required=True)
     where.add_argument("--unix", metavar="PATH", help="listen on a Unix socket")
     where.add_argument("--tcp", metavar="HOST:PORT", type=file_options.host_port, help="listen on a TCP port")
+    _keys(commands)
     file_options.add(commands)
     return top
+
+
+def _keys(commands: Any) -> None:
+    keys = commands.add_parser("key", help="about keys to attach with", description="Work with files of keys.")
+    verbs = keys.add_subparsers(dest="verb", metavar="VERB", required=True)
+    make = verbs.add_parser(
+        "make",
+        help="make a key",
+        description="Make a key and add it to a file, for xen9p serve --keys FILE. The client needs the same key "
+        "in a file of its own, for --key FILE.",
+    )
+    make.add_argument("file", type=Path, metavar="FILE", help="made with mode 0600 if it is not there")
+    make.add_argument("--name", default=auth.DEFAULT_NAME, metavar="N", help="the user it is for; default: %(default)s")
+    make.add_argument("--uid", type=_uid, metavar="UID", help="good for this uid of the client's alone")
 
 
 def _observing(commands: Any) -> None:
@@ -168,6 +186,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _uid(text: str) -> int:
+    if not text.isdigit() or int(text) >= 0xFFFFFFFF:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a uid")
+    return int(text)
+
+
 def _runtime(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--runtime-dir",
@@ -223,6 +247,9 @@ def _run(args: argparse.Namespace) -> int:
             return _top(args)
         case "trace":
             return _trace(args)
+        case "key":
+            auth.make(args.file, args.name, args.uid)
+            print(f"added the key {args.name} to {args.file}")
         case "serve":
             return _serve(args)
         case "mount":
@@ -252,13 +279,13 @@ def _serve(args: argparse.Namespace) -> int:
 
     where = args.unix or args.tcp
     if args.trace is None:
-        return serve_socket(args.export, args.ro, where)
+        return serve_socket(args.export, args.ro, where, keys=args.keys)
     from xen9p.trace import format_of  # noqa: PLC0415
     from xen9p.tracer import Sink  # noqa: PLC0415
 
     sink = Sink(_output(args.trace), format_of(args.trace), lambda text: print(f"xen9p: {text}", file=sys.stderr))
     try:
-        return serve_socket(args.export, args.ro, where, sink)
+        return serve_socket(args.export, args.ro, where, sink, args.keys)
     finally:
         sink.close()
 

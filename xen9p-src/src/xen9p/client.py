@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
 from xen9p import codec, requests
+from xen9p.auth import CHALLENGE_SIZE, Key, asking, explained, respond
 from xen9p.codec import Dirent, Message, Qid
 from xen9p.errors import ProtocolError, Xen9pError
 from xen9p.requests import DEFAULT_MSIZE, WINDOW, split
@@ -86,11 +87,22 @@ class Client:
         self._waiting: dict[int, Pending[Message]] = {}
 
     @classmethod
-    def connect(cls, transport: Transport, aname: bytes = b"", msize: int = DEFAULT_MSIZE) -> tuple[Client, int]:
-        """A client with its version agreed, and the root fid of the tree named aname."""
+    def connect(
+        cls,
+        transport: Transport,
+        aname: bytes = b"",
+        msize: int = DEFAULT_MSIZE,
+        n_uname: int = 0,
+        key: Key | None = None,
+    ) -> tuple[Client, int]:
+        """A client with its version agreed, and the root fid of the tree named aname.
+
+        Raises:
+            AuthError: the server wants a key, refuses this one, or wants none.
+        """
         client = cls(transport, msize)
         client.version()
-        return client, client.attach(aname=aname)
+        return client, client.enter(aname, n_uname, key)
 
     def close(self) -> None:
         """Ends the session; the server forgets its fids."""
@@ -189,6 +201,24 @@ class Client:
             self.release(fid)
             raise
         return fid
+
+    def enter(self, aname: bytes = b"", n_uname: int = 0, key: Key | None = None) -> int:
+        """attach(), with proof of a key if there is one.
+
+        Raises:
+            AuthError: the server wants a key, refuses this one, or wants none.
+        """
+        with explained(key):
+            if key is None:
+                return self.attach(aname=aname, n_uname=n_uname)
+            uname = key.name.encode()
+            with asking(key):
+                afid = self.auth(uname, aname, n_uname)
+            try:
+                self.write(afid, 0, respond(key, self.read(afid, 0, CHALLENGE_SIZE), aname, n_uname))
+                return self.attach(uname, aname, n_uname, afid)
+            finally:
+                self.clunk(afid)
 
     def flush(self, oldtag: int) -> None:
         """Asks the server to give up the request with that tag."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
 
+from xen9p.auth import Key, choose
 from xen9p.client import Client
 from xen9p.errors import Xen9pError
 from xen9p.transport.link import Transport
@@ -15,7 +17,7 @@ from xen9p.transport.stream_client import SocketTransport
 class Place:
     """Where a server is: at a socket if one is named, else at the other end of a device of this guest.
 
-    timeout is in seconds, for connecting; ring_order None takes what the guest has.
+    key is what to prove there; timeout is in seconds, for connecting; ring_order None takes what the guest has.
     """
 
     unix: str | None = None
@@ -23,6 +25,19 @@ class Place:
     aname: bytes = b""
     timeout: float = 30.0
     ring_order: int | None = None
+    key: Key | None = None
+
+    @classmethod
+    def named(cls, args: argparse.Namespace) -> Place:
+        """What a command's options say (file_options.py).
+
+        Raises:
+            Xen9pError: the key cannot be had.
+        """
+        if args.key_name is not None and args.key is None:
+            raise Xen9pError("--key-name without --key", hint="say which file it is in: --key FILE")
+        key = None if args.key is None else choose(args.key, args.key_name)
+        return cls(args.unix, args.tcp, os.fsencode(args.aname), args.timeout, args.ring_order, key)
 
     @property
     def is_socket(self) -> bool:
@@ -60,7 +75,7 @@ class Place:
         client = Client(self.transport(tag))
         try:
             client.version()
-            return client, client.attach(aname=self.aname, n_uname=os.getuid())
+            return client, client.enter(self.aname, os.getuid(), self.key)
         except BaseException:
             client.close()
             raise

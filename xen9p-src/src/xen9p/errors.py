@@ -53,6 +53,12 @@ class RefusedError(Xen9pError):
     default_errno = _errno.EACCES
 
 
+class AuthError(Xen9pError):
+    """A server wants a key, or refuses the one that it got."""
+
+    default_errno = _errno.EACCES
+
+
 class XenStoreError(Xen9pError):
     """XenStore is away, too slow, or said no."""
 

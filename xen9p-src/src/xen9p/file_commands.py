@@ -33,7 +33,7 @@ class _Session:
     """The connections of one command, made as paths name them, and its exit code."""
 
     def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
-        self._place = Place(args.unix, args.tcp, os.fsencode(args.aname), args.timeout, args.ring_order)
+        self._place = Place.named(args)
         self._stack = stack
         self._sides: dict[str, RemoteSide] = {}
         self.failed = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, Final
 
 NAMES: Final = (
@@ -126,6 +127,8 @@ def _command(
     command.add_argument(
         "--aname", default="", metavar="NAME", help="the tree to attach to, where a server has several"
     )
+    command.add_argument("--key", type=Path, metavar="FILE", help="prove that you have the key in it")
+    command.add_argument("--key-name", metavar="NAME", help="which, if the file has several")
     command.add_argument(
         "--timeout", type=float, default=30.0, metavar="SECONDS", help="to connect; default: %(default)g"
     )

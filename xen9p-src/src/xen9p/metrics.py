@@ -76,7 +76,8 @@ _PLAIN: Final[tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], float | N
     ),
     ("fids", "gauge", "Fids that the guest holds.", lambda d: _of(d, "fids")),
     ("requests_in_flight", "gauge", "Requests that wait for a thread or are worked on.", lambda d: _of(d, "in_flight")),
-    ("queue_depth", "gauge", "Requests that wait for a thread.", lambda d: _of(d, "queued")),
+    ("queue_depth", "gauge", "Of these, requests that wait for a thread.", lambda d: _of(d, "queued")),
+    ("bytes_in_flight", "gauge", "Bytes that these requests and their replies bind.", lambda d: _of(d, "bytes")),
     ("throttled_total", "counter", "Requests that had to wait for a limit.", lambda d: _of(d, "throttled")),
     (
         "throttled_seconds_total",

@@ -30,7 +30,7 @@ READY: Final = b"ok"
 
 def run(args: argparse.Namespace) -> int:
     """Mounts; returns when it is mounted, or in the foreground when it has ended."""
-    place = Place(args.unix, args.tcp, os.fsencode(args.aname), args.timeout, args.ring_order)
+    place = Place.named(args)
     if place.is_socket and args.what:
         raise Xen9pError(f"{args.what} {args.directory}: too much", hint="with --unix and --tcp there is no TAG")
     if not place.is_socket and not args.what:
@@ -137,7 +137,7 @@ async def _mount(
     try:
         async with asyncio.timeout(args.timeout):
             await client.version()
-            root = await client.attach(aname=place.aname, n_uname=os.getuid())
+            root = await client.enter(place.aname, os.getuid(), place.key)
             qid = (await client.getattr(root)).qid
         filesystem = Filesystem(client, root, qid, cache, os.getuid())
         try:

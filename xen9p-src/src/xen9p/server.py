@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from xen9p import codec
+from xen9p.auth import Authenticator
 from xen9p.codec import Message
 from xen9p.dataplane import DataPlane, Fid, Request, fd_path, link_fd
 from xen9p.errors import ProtocolError
@@ -86,18 +87,41 @@ def _made(directory: int, name: bytes) -> Iterator[int]:
 
 
 def _attach(device: DataPlane, msg: codec.Tattach) -> Message:
+    if device.authenticator is not None:
+        _check_key(device, device.authenticator, msg)
+    elif msg.afid != codec.NOFID:
+        raise _fail(errno.EINVAL)
     # The device is bound to one export, whatever name the guest says; another export's is a lie.
     if msg.aname not in (b"", b"/"):
         raise _fail(errno.ENOENT)
-    if msg.afid != codec.NOFID:
-        raise _fail(errno.EINVAL)
     device.attach(msg.fid, 0 if msg.n_uname == codec.NOFID else msg.n_uname)
     return codec.Rattach(device.qid(device.root_fd))
 
 
-def _auth(_device: DataPlane, _msg: codec.Tauth) -> Message:
-    # The server knows the guest by the domain that its ring is bound to: no authentication is wanted.
-    raise _fail(errno.ENOENT)
+def _check_key(device: DataPlane, authenticator: Authenticator, msg: codec.Tattach) -> None:
+    """Lets a Tattach pass whose afid has the response of a good key. Before its names are looked at: who has no key
+    learns nothing about them.
+
+    Raises:
+        OSError: ENOKEY, there is no afid; EKEYREJECTED, it does not prove what this message says; EBADF, EAGAIN.
+    """
+    if msg.afid == codec.NOFID:
+        raise _fail(errno.ENOKEY)
+    try:
+        challenge, response = device.auth_take(msg.afid)
+    except OSError as error:
+        if error.errno == errno.EKEYREJECTED:
+            authenticator.refuse()
+        raise
+    authenticator.check(challenge, response, msg.uname, msg.aname, msg.n_uname)
+
+
+def _auth(device: DataPlane, msg: codec.Tauth) -> Message:
+    # Whatever names it says: the response is bound to those of the Tattach, and that is where they are checked.
+    if device.authenticator is None:  # the peer is known by the domain that its ring is bound to
+        raise _fail(errno.ENOENT)
+    device.auth_new(msg.afid, device.authenticator.challenge())
+    return codec.Rauth(codec.Qid(codec.QT_AUTH, 0, msg.afid))
 
 
 def _mkdir(device: DataPlane, msg: codec.Tmkdir) -> Message:

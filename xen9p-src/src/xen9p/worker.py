@@ -23,10 +23,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from xen9p import journal, sandbox, server, tracer
+from xen9p import auth, journal, sandbox, server, tracer
 from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
 from xen9p.errors import Xen9pError, describe
 from xen9p.users import Users, from_plain
@@ -72,10 +73,17 @@ def limits(wanted: Mapping[str, int] | None = None) -> Limits:
 
     A guest with cache=loose keeps a fid for every name that it has in its dentry cache, so there are many; an open
     fid has two descriptors.
+
+    Raises:
+        Xen9pError: a limit is unknown or out of range.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_FIDS if soft == resource.RLIM_INFINITY else min(MOST_FIDS, (soft - RESERVED_FDS) // 2)
-    return Limits(**({"max_fids": max(most, 16)} | dict(wanted or {})))
+    try:
+        return Limits(**({"max_fids": max(most, 16)} | dict(wanted or {})))
+    except TypeError:
+        unknown = sorted(set(wanted or {}) - {field.name for field in fields(Limits)})
+        raise Xen9pError(f"there is no limit called {', '.join(unknown)}", errno=errno.EINVAL) from None
 
 
 class Worker:
@@ -94,6 +102,7 @@ class Worker:
         self._ready: dict[str, Any] | None = None
         self._last: dict[str, Any] | None = None
         self._tracers: set[threading.Thread] = set()
+        self._limits = Limits()
 
     def run(self) -> int:
         """Prepares, waits for the rings, maps, serves, ends.
@@ -119,6 +128,7 @@ class Worker:
             return self._fail(error)
         with self._lock:
             self.device = device
+            device.set_limits(self._limits)  # they may have been changed since it was made
             if self._stopping:  # asked while it was mapping, or for its rings
                 device.stop()
             else:
@@ -138,9 +148,12 @@ class Worker:
     def _open(self) -> DataPlane:
         """The device, and the process shut in with it: no byte of the guest's has been seen yet."""
         readonly = bool(self.request["readonly"])
+        keys = self.request.get("keys")  # a path; the policy says whether this device wants a key
+        authenticator = auth.Authenticator(auth.load(Path(keys))) if keys else None
         root = sandbox.cage(self.request["path"], readonly)
+        self._limits = limits(self.request.get("limits"))
         users = from_plain(self.request["users"]) if "users" in self.request else None
-        device = DataPlane(root, readonly, limits(self.request.get("limits")), users)
+        device = DataPlane(root, readonly, self._limits, authenticator, users)
         try:
             device.open_xen()
             missing = sandbox.shut(root, readonly)
@@ -246,6 +259,8 @@ class Worker:
                     self._told.notify_all()
                     if self.device:
                         self.device.stop()
+                case "limits":
+                    self._limit(order.get("limits"))
                 case "stats" if self.device:
                     self._send(client, {"event": "stats"} | dict(self.device.stats()))
                 case "metrics" if self.device:
@@ -254,12 +269,26 @@ class Worker:
     def _settle(self, device: DataPlane, order: Mapping[str, Any]) -> str:
         """Other terms from now on; what keeps them from being taken, in words."""
         try:
-            device.set_users(from_plain(order["users"]))
-            device.set_limits(limits(order["limits"]))
+            users, wanted = from_plain(order["users"]), limits(order["limits"])
+            device.set_users(users)
         except (Xen9pError, KeyError, TypeError, ValueError) as error:
             return str(error) or type(error).__name__
+        self._limits = wanted
+        device.set_limits(wanted)
         self.request = {**self.request, **{name: order[name] for name in TERMS}}
         return ""
+
+    def _limit(self, wanted: Any) -> None:
+        """Puts new limits into force: all of them, what is not named gets its default. Bad ones change nothing."""
+        try:
+            if not isinstance(wanted, Mapping):
+                raise Xen9pError("limits are names and numbers")
+            self._limits = limits(wanted)
+        except Xen9pError as error:
+            LOG.warning("limits stay as they are: %s", error)
+            return
+        if self.device:
+            self.device.set_limits(self._limits)
 
     def _finish(self, event: dict[str, Any]) -> None:
         with self._lock:
@@ -303,17 +332,28 @@ def main(request: Mapping[str, Any], listener: socket.socket) -> int:
         return 1
 
 
-def serve_connection(stream: socket.socket, export: int, readonly: bool, trace: tracer.Sink | None = None) -> Verdict:
-    """Serves the directory behind a descriptor to one connected socket until it ends."""
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a server on a socket gives: the directory behind a descriptor; if there are keys, to those who have one."""
+
+    export: int
+    readonly: bool
+    keys: Mapping[str, auth.Key] | None = None
+    trace: tracer.Sink | None = None
+
+
+def serve_connection(stream: socket.socket, service: Service) -> Verdict:
+    """Serves one connected socket until it ends."""
     with stream:
         try:
-            root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=export)
+            root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=service.export)
         except OSError as error:
             raise Xen9pError(f"cannot serve a client: {error.strerror}", errno=error.errno) from None
-        device = DataPlane(root, readonly, limits())
+        authenticator = auth.Authenticator(service.keys) if service.keys is not None else None
+        device = DataPlane(root, service.readonly, limits(), authenticator)
         try:
             device.add_stream(stream)
-            name = f"client:{stream.fileno()}"
+            name, trace = f"client:{stream.fileno()}", service.trace
             with contextlib.closing(tracer.Recorder(device, name, trace)) if trace else contextlib.nullcontext():
                 return device.run(server.serve)
         finally:
@@ -323,24 +363,21 @@ def serve_connection(stream: socket.socket, export: int, readonly: bool, trace: 
 Live = dict[socket.socket, threading.Thread]
 
 
-def _serve_client(stream: socket.socket, export: int, readonly: bool, live: Live, trace: tracer.Sink | None) -> None:
+def _serve_client(stream: socket.socket, service: Service, live: Live) -> None:
     """A client's thread: what is wrong costs this client its connection, in one line."""
     try:
-        serve_connection(stream, export, readonly, trace)
+        serve_connection(stream, service)
     except Xen9pError as error:
         print(f"xen9p: error: {error}", file=sys.stderr, flush=True)
     finally:
         live.pop(stream, None)
 
 
-def _accept_until_told(
-    listener: socket.socket, told: socket.socket, export: int, readonly: bool, trace: tracer.Sink | None
-) -> None:
+def _accept_until_told(listener: socket.socket, told: socket.socket, service: Service) -> None:
     live: Live = {}
     while told not in select.select([listener, told], [], [])[0]:
         client, _ = listener.accept()
-        args = (client, export, readonly, live, trace)
-        thread = threading.Thread(target=_serve_client, args=args, name="client", daemon=True)
+        thread = threading.Thread(target=_serve_client, args=(client, service, live), name="client", daemon=True)
         live[client] = thread
         thread.start()
     for stream, thread in list(live.items()):
@@ -366,18 +403,27 @@ def _listen_at(address: tuple[str, int] | str) -> socket.socket:
         ) from None
 
 
-def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str, trace: tracer.Sink | None = None) -> int:
+def serve_socket(
+    path: str,
+    readonly: bool,
+    address: tuple[str, int] | str,
+    trace: tracer.Sink | None = None,
+    keys: Path | None = None,
+) -> int:
     """Serves a directory on a Unix socket (a path) or TCP (host, port), a thread a client, until SIGINT or SIGTERM.
 
     It stays the directory that it is now, whatever takes its name later.
 
     Args:
         trace: gets every request of every client.
+        keys: a file of keys; each client has to prove that it has one of them.
 
     Raises:
-        Xen9pError: the directory or the address is not usable.
+        Xen9pError: the directory, the address or the file is not usable.
     """
+    known = auth.load(keys) if keys else None  # now: the process shuts itself in
     export = open_export(path)
+    service = Service(export, readonly, known, trace)
     prepare_process()
     told, tell = socket.socketpair()
     # A handler that only leaves word: an exception out of nowhere could get lost in a finalizer.
@@ -387,7 +433,7 @@ def serve_socket(path: str, readonly: bool, address: tuple[str, int] | str, trac
         print(f"serving {path} on {listener.getsockname()}", file=sys.stderr, flush=True)
         for missing in sandbox.confine_server(export, readonly, address):
             print(f"xen9p: {missing}", file=sys.stderr, flush=True)
-        _accept_until_told(listener, told, export, readonly, trace)
+        _accept_until_told(listener, told, service)
     os.close(export)
     if isinstance(address, str):
         Path(address).unlink(missing_ok=True)

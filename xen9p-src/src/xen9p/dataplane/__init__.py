@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xen9p._dataplane import ffi, lib
 from xen9p.codec import Qid
@@ -24,10 +24,19 @@ from xen9p.errors import Xen9pError
 from xen9p.histogram import BUCKETS, GROUPS, STAGES
 from xen9p.users import Range, Users
 
+if TYPE_CHECKING:
+    from xen9p.auth import Authenticator
+
 MAX_MSIZE = 1 << 20
 """Largest message in bytes that a stream may agree on; a ring clamps it to half of its half."""
+MAX_RATE = 10**12
+"""Most that a rate may be, operations or bytes a second."""
 _QID = struct.Struct("<BIQ")
 _SQUASH = {"": 0, "root": lib.X9_SQUASH_ROOT, "all": lib.X9_SQUASH_ALL}
+_STATS = (
+    "requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued",
+    "bytes", "throttled", "throttled_us",
+)  # fmt: skip
 
 
 class Verdict(IntEnum):
@@ -41,20 +50,51 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one peer may hold at once. Counts, but for spin_us: microseconds of looking before sleeping, None for as
-    long as pays on this machine (spin_us()); and timing: 1 to measure how long messages take, 0 to leave it.
-    The last three: bytes in flight, operations and bytes a second; 0 is no limit.
+    """What one peer may hold at once, and how much it may have done in a second.
+
+    Args:
+        max_fids: fids.
+        max_queued: requests that wait for a thread or are worked on.
+        max_bytes: of these requests and their replies, in memory and in the ring; 0 for 16 of the largest messages.
+        ops_per_second: messages; 0 for no limit. What was not used can be used within half a second.
+        bytes_per_second: of messages, to and from the peer; 0 for no limit. The same holds.
+        pool_threads: C threads for what may wait, at most 16.
+        python_threads: threads for cold messages.
+        spin_us: microseconds of looking before sleeping; None for as long as pays on this machine (spin_us()).
+        timing: 1 to measure how long messages take, 0 to leave it.
+
+    Raises:
+        Xen9pError: a value is out of range.
     """
 
     max_fids: int = 65536
     max_queued: int = 64
+    max_bytes: int = 0
+    ops_per_second: int = 0
+    bytes_per_second: int = 0
     pool_threads: int = 4
     python_threads: int = 2
     spin_us: int | None = None
     timing: int = 1
-    max_bytes: int = 0
-    ops_per_second: int = 0
-    bytes_per_second: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise Xen9pError(f"{name} is {value!r}", f"it is a number from {least} to {most}", errno.EINVAL)
+
+    def in_c(self) -> Mapping[str, int]:
+        """What can be changed while a device serves, as C has it (x9_limits)."""
+        return {name: getattr(self, name) for name in _RANGES}
+
+
+_RANGES: dict[str, tuple[int, int]] = {
+    "max_fids": (1, 1 << 24),
+    "max_queued": (1, 1 << 20),
+    "max_bytes": (0, 1 << 40),
+    "ops_per_second": (0, MAX_RATE),
+    "bytes_per_second": (0, MAX_RATE),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +125,24 @@ Serve = Callable[["DataPlane", Request], None]
 class DataPlane:
     """Serves the directory behind root_fd, which it owns, until stopped or the peer goes.
 
+    Args:
+        authenticator: of this peer alone; without one it is known already, and need not prove who it is.
+        users: what the peer's users are and may; without, they are as they say and their kernel checks.
+
     Raises:
         Xen9pError: out of memory, or root_fd is not usable.
     """
 
-    def __init__(self, root_fd: int, readonly: bool, limits: Limits | None = None, users: Users | None = None) -> None:
+    def __init__(
+        self,
+        root_fd: int,
+        readonly: bool,
+        limits: Limits | None = None,
+        authenticator: Authenticator | None = None,
+        users: Users | None = None,
+    ) -> None:
         self.limits = limits or Limits()
+        self.authenticator = authenticator
         self.readonly = readonly
         self.root_fd = root_fd
         config = ffi.new(
@@ -99,8 +151,7 @@ class DataPlane:
                 "root_fd": root_fd,
                 "readonly": readonly,
                 "max_msize": MAX_MSIZE,
-                "max_fids": self.limits.max_fids,
-                "max_queued": self.limits.max_queued,
+                "limits": self.limits.in_c(),
                 "pool_threads": self.limits.pool_threads,
                 "spin_us": spin_us() if self.limits.spin_us is None else self.limits.spin_us,
                 "timing": self.limits.timing,
@@ -160,11 +211,6 @@ class DataPlane:
         if err:
             raise Xen9pError(f"cannot take the guest's users: {os.strerror(err)}", errno=err)
         self.users = users
-
-    def set_limits(self, limits: Limits) -> None:
-        """Other limits from now on, as far as a device that runs can take them; threads and waiting stay."""
-        lib.x9_dev_set_limits(self._dev, limits.max_fids, limits.max_queued)
-        self.limits = limits
 
     # Links.
 
@@ -231,6 +277,11 @@ class DataPlane:
         """Makes run() return PROTOCOL: the peer broke the rules."""
         lib.x9_dev_fail(self._dev, reason.encode())
 
+    def set_limits(self, limits: Limits) -> None:
+        """Changes what can be changed while it serves; threads, spin_us and timing stay. Callable from any thread."""
+        lib.x9_dev_set_limits(self._dev, ffi.new("x9_limits *", limits.in_c()))
+        self.limits = limits
+
     def reply(self, request: Request, message: bytes) -> None:
         """Sends the reply of a cold request; ends the request."""
         lib.x9_reply(self._dev, request.handle, message, len(message))
@@ -259,6 +310,25 @@ class DataPlane:
     def attach(self, num: int, uid: int) -> None:
         """Makes num a fid of the export's root for the guest's uid."""
         _raise(lib.x9_fid_attach(self._dev, num, uid))
+
+    def auth_new(self, num: int, challenge: bytes) -> None:
+        """Makes num a fid from which a challenge is read, and to which its response is written.
+
+        Raises:
+            OSError: EMFILE, there are too many of them; EINVAL, num is in use.
+        """
+        assert len(challenge) == lib.X9_CHALLENGE
+        _raise(lib.x9_auth_new(self._dev, num, challenge))
+
+    def auth_take(self, num: int) -> tuple[bytes, bytes]:
+        """The challenge and the response of such a fid, once.
+
+        Raises:
+            OSError: EBADF, it is none; EKEYREJECTED, it was taken before, or the response is not complete.
+        """
+        challenge, response = ffi.new("uint8_t[]", lib.X9_CHALLENGE), ffi.new("uint8_t[]", lib.X9_RESPONSE)
+        _raise(lib.x9_auth_take(self._dev, num, challenge, response))
+        return bytes(challenge), bytes(response)
 
     def clunk(self, num: int) -> None:
         """Gives a fid back. Raises OSError, EBADF."""
@@ -323,10 +393,11 @@ class DataPlane:
         return int(lib.x9_dev_order(self._dev))
 
     def stats(self) -> Mapping[str, int]:
-        """Counters since the start: requests, read_bytes, written_bytes, errors; and now: fids, in_flight, queued."""
+        """Counters since the start: requests, read_bytes, written_bytes, errors, throttled (messages), throttled_us;
+        and now: fids, in_flight, queued, bytes (that those in flight bind).
+        """
         out = self._stats()
-        names = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued")
-        return {name: int(getattr(out, name)) for name in names}
+        return {name: int(getattr(out, name)) for name in _STATS}
 
     def stats_by_type(self) -> Mapping[int, int]:
         """How many messages of each type have come."""

@@ -14,15 +14,26 @@ typedef struct x9_stats {
     uint64_t fids;
     uint64_t in_flight;
     uint64_t queued; /* of those in flight: waiting for a thread */
+    uint64_t bytes;  /* that those in flight bind */
+    uint64_t throttled;    /* messages that a limit has held up, */
+    uint64_t throttled_us; /* and for how long */
     uint64_t by_type[128];
 } x9_stats;
+
+/* What a peer may hold and use. Can be changed while a device serves. */
+typedef struct x9_limits {
+    uint32_t max_fids;
+    uint32_t max_queued; /* requests waiting for or held by the pool and Python together */
+    uint64_t max_bytes;  /* of these and their replies; 0: a few times the largest message */
+    uint64_t ops_per_second;   /* messages; 0: no limit */
+    uint64_t bytes_per_second; /* of messages both ways; 0: no limit */
+} x9_limits;
 
 typedef struct x9_config {
     int root_fd;         /* directory descriptor of the export; borrowed, stays open while the device lives */
     int readonly;
     uint32_t max_msize;  /* bytes */
-    uint32_t max_fids;
-    uint32_t max_queued; /* requests waiting for or held by the pool and Python together */
+    x9_limits limits;
     uint32_t pool_threads;
     uint32_t spin_us;    /* how long to look for work before sleeping; 0: not at all */
     int timing;          /* whether to measure how long messages take */
@@ -68,6 +79,7 @@ void x9_dev_stop(x9_dev *dev);
 void x9_dev_fail(x9_dev *dev, const char *reason);
 const char *x9_dev_reason(x9_dev *dev);
 void x9_dev_stats(x9_dev *dev, x9_stats *out);
+void x9_dev_set_limits(x9_dev *dev, const x9_limits *limits);
 
 x9_req *x9_next_cold(x9_dev *dev);
 void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len);
@@ -77,12 +89,15 @@ x9_fid *x9_fid_get(x9_dev *dev, uint32_t num);
 void x9_fid_put(x9_fid *fid);
 int x9_fid_attach(x9_dev *dev, uint32_t num, uint32_t uid);
 int x9_fid_clunk(x9_dev *dev, uint32_t num);
+#define X9_CHALLENGE 40 /* bytes that the client reads from the fid of a Tauth, */
+#define X9_RESPONSE 64  /* and that it writes: auth.py */
+int x9_auth_new(x9_dev *dev, uint32_t num, const uint8_t *challenge);
+int x9_auth_take(x9_dev *dev, uint32_t num, uint8_t *challenge, uint8_t *response);
 int x9_qid(x9_dev *dev, int fd, uint8_t *qid13);
 void x9_fd_path(int fd, char *path32);
 int x9_link_fd(int fd, int dir_fd, const char *name);
 int x9_locate(x9_dev *dev, int fd, char *name256);
 int x9_dev_set_users(x9_dev *dev, const x9_users *users);
-int x9_dev_set_limits(x9_dev *dev, uint32_t max_fids, uint32_t max_queued);
 int x9_act_as(x9_dev *dev, uint32_t guest_uid);
 int x9_act_to_make(x9_dev *dev, uint32_t guest_uid, uint32_t guest_gid, uint32_t *give);
 int x9_give_group(int fd, uint32_t gid);

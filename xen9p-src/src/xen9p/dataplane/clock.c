@@ -82,13 +82,15 @@ void calibrate(void)
 }
 
 /* For stretches of time; it never jumps, so it keeps the first speed that was measured. */
-uint64_t now_us(void)
+uint64_t now_ns(void)
 {
     if (!__atomic_load_n(&first_ns_per_tick, __ATOMIC_RELAXED))
         calibrate();
     uint64_t speed = __atomic_load_n(&first_ns_per_tick, __ATOMIC_RELAXED);
-    return (uint64_t)((unsigned __int128)(ticks() - base_ticks) * speed >> 32) / 1000;
+    return (uint64_t)((unsigned __int128)(ticks() - base_ticks) * speed >> 32);
 }
+
+uint64_t now_us(void) { return now_ns() / 1000; }
 
 /* Of a stretch of time. */
 uint64_t to_ns(uint64_t stretch)

@@ -29,6 +29,8 @@ static void wake(int fd)
     (void)!write(fd, &one, sizeof one);
 }
 
+void dev_wake(struct x9_dev *dev) { wake(dev->wake_fd); }
+
 static void finish(struct x9_dev *dev, int verdict, const char *format, ...)
 {
     va_list args;
@@ -46,7 +48,7 @@ static void finish(struct x9_dev *dev, int verdict, const char *format, ...)
     pthread_cond_broadcast(&dev->idle);
     pthread_cond_broadcast(&dev->room);
     pthread_mutex_unlock(&dev->lock);
-    wake(dev->stop_fd);
+    dev_wake(dev);
     for (uint32_t i = 0; i < dev->nlinks; i++)
         if (dev->links[i]->kind == X9_STREAM)
             shutdown(dev->links[i]->wait_fd, SHUT_RDWR); /* somebody may be in send(2) to a peer that never reads */
@@ -56,7 +58,7 @@ static void finish(struct x9_dev *dev, int verdict, const char *format, ...)
 void x9_dev_stop(x9_dev *dev)
 {
     __atomic_store_n(&dev->drain, true, __ATOMIC_RELEASE);
-    wake(dev->stop_fd);
+    dev_wake(dev);
 }
 
 void x9_dev_fail(x9_dev *dev, const char *reason) { finish(dev, X9_PROTOCOL, "%s", reason); }
@@ -86,6 +88,12 @@ void x9_dev_stats(x9_dev *dev, x9_stats *out)
     pthread_mutex_unlock(&dev->fids.lock);
     pthread_mutex_lock(&dev->lock);
     out->in_flight = dev->nlive;
+    out->bytes = dev->nbytes;
+    out->throttled = dev->throttled;
+    out->throttled_us = dev->throttled_ns / 1000;
+    for (uint32_t i = 0; i < dev->nlinks; i++)
+        if (dev->links[i]->held_since) /* what waits now counts too: it may be for long */
+            out->throttled_us += limits_waited(dev->links[i]->held_since) / 1000;
     out->queued = 0;
     for (const struct x9_req *req = dev->live; req; req = req->next_live)
         out->queued += !req->running;
@@ -242,6 +250,7 @@ static void mark_replying(struct x9_dev *dev, struct x9_req *req)
 void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len)
 {
     obs_done(call->dev, &call->note, msg, len);
+    limits_settle(call->dev, &call->promised, len);
     if (call->req)
         mark_replying(call->dev, call->req);
     link_send(call->link, msg, len, !call->req);
@@ -305,6 +314,8 @@ static void req_free(struct x9_req *req)
         ring_release(&req->link->ring, req->held);
     if (req->note.record) /* never answered */
         obs_end(req->link->dev, &req->note, req->type, false);
+    if (req->promised)
+        limits_settle(req->link->dev, &req->promised, 0);
     free(req->flushes);
     free(req->msg);
     free(req);
@@ -318,6 +329,7 @@ static void unlive(struct x9_dev *dev, struct x9_req *req)
         at = &(*at)->next_live;
     *at = req->next_live;
     dev->nlive--;
+    dev->nbytes -= req->weight;
     pthread_cond_broadcast(&dev->idle);
 }
 
@@ -408,6 +420,7 @@ static void *pool_thread(void *arg)
         call->req = req;
         call->data_in_ring = req->held != NULL, call->data_pos = req->data_pos;
         call->note = req->note, req->note = (struct x9_note){0};
+        call->promised = req->promised, req->promised = 0;
         obs_start(&call->note);
         int result = fs_handle(call);
         if (req->held) {
@@ -441,6 +454,21 @@ static void grow_pool(struct x9_dev *dev)
     pthread_attr_destroy(&attr);
 }
 
+/* Backpressure: the messages behind this one stay in the ring. On the reader, with dev->lock held. */
+static void wait_for_place(struct x9_dev *dev, uint64_t weight)
+{
+    int64_t began = (int64_t)now_ns();
+    struct timespec until;
+
+    dev->throttled++;
+    while (limits_full(dev, weight) && !dev_ending(dev)) {
+        deadline_in(&until, 20);
+        pthread_cond_timedwait(&dev->idle, &dev->lock, &until);
+        pass_sign_on(dev);
+    }
+    dev->throttled_ns += limits_waited(began);
+}
+
 /* Queues a private copy of the message; the data of a Twrite stays in the ring until it is written. Returns an errno
  * for the guest, or X9_DONE. */
 static int later(struct x9_call *call, bool cold)
@@ -460,13 +488,9 @@ static int later(struct x9_call *call, bool cold)
     req->data_pos = call->data_pos;
     req->tag = call->tag, req->type = call->type, req->size = call->size, req->link = call->link;
     pthread_mutex_lock(&dev->lock);
-    /* Backpressure: the messages stay in the ring. */
-    while (dev->nlive >= dev->config.max_queued && !dev_ending(dev)) {
-        struct timespec until;
-        deadline_in(&until, 20);
-        pthread_cond_timedwait(&dev->idle, &dev->lock, &until);
-        pass_sign_on(dev);
-    }
+    req->weight = limits_weight(call);
+    if (limits_full(dev, req->weight))
+        wait_for_place(dev, req->weight);
     if (!cold) {
         grow_pool(dev);
         if (!dev->npool) {
@@ -480,6 +504,8 @@ static int later(struct x9_call *call, bool cold)
         dev->nqueued++;
     }
     req->note = call->note, call->note = (struct x9_note){0};
+    req->promised = call->promised, call->promised = 0;
+    dev->nbytes += req->weight;
     req->next_live = dev->live;
     dev->live = req;
     dev->nlive++;
@@ -529,6 +555,7 @@ x9_req *x9_next_cold(x9_dev *dev)
 void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len)
 {
     obs_done(dev, &req->note, msg, len);
+    limits_settle(dev, &req->promised, len);
     mark_replying(dev, req);
     link_send(req->link, msg, len, false);
     obs_end(dev, &req->note, req->type, false);
@@ -541,18 +568,6 @@ void x9_reply_errno(x9_dev *dev, x9_req *req, uint32_t err)
 
     encode_errno(dev, msg, req->tag, err);
     x9_reply(dev, req, msg, sizeof msg);
-}
-
-/* From now on; what is more than that already stays. */
-int x9_dev_set_limits(x9_dev *dev, uint32_t max_fids, uint32_t max_queued)
-{
-    pthread_mutex_lock(&dev->fids.lock);
-    dev->fids.max = dev->config.max_fids = max_fids;
-    pthread_mutex_unlock(&dev->fids.lock);
-    pthread_mutex_lock(&dev->lock);
-    dev->config.max_queued = max_queued;
-    pthread_mutex_unlock(&dev->lock);
-    return 0;
 }
 
 x9_fid *x9_fid_get(x9_dev *dev, uint32_t num) { return fids_get(&dev->fids, num); }
@@ -596,7 +611,7 @@ static int flush_now(struct x9_call *call, uint16_t old)
     } else if (req) {
         /* It runs: its own reply first, then Rflush. */
         struct x9_flush *more = realloc(req->flushes, (req->nflushes + 1) * sizeof *more);
-        result = more && req->nflushes < dev->config.max_queued ? X9_DONE : ENOMEM;
+        result = more && req->nflushes < dev->config.limits.max_queued ? X9_DONE : ENOMEM;
         if (more)
             req->flushes = more;
         if (result == X9_DONE)
@@ -702,7 +717,7 @@ static void dispatch(struct x9_call *call)
         result = EOPNOTSUPP;
     else if (!dev->msize && call->type != P9_TVERSION)
         result = EPROTO; /* no session yet */
-    else if (dev->config.readonly && fs_mutates(call->type))
+    else if (dev->config.readonly && fs_mutates(call->type) && !auth_takes(call))
         result = EROFS;
     else if (fs_is_cold(call->type))
         result = later(call, true);
@@ -725,6 +740,7 @@ static void handle(struct x9_call *call)
 {
     call->type = call->msg[4];
     call->tag = get16(call->msg + 5);
+    limits_charge(call);
     obs_begin(call);
     dispatch(call);
     obs_end(call->dev, &call->note, call->type, true);
@@ -757,6 +773,12 @@ static int serve_ring(struct x9_link *link, struct x9_call *call)
         }
         if (have < size)
             break; /* the rest is still being written */
+        if (!limits_admit(link, dev->buf[4])) {
+            obs_see(link, (uint32_t)have);
+            if (ring_abandoned(ring))
+                finish(dev, X9_HANGUP, "the frontend went away");
+            break;
+        }
         call->link = link, call->msg = dev->buf, call->size = size;
         call->data_in_ring = dev->buf[4] == P9_TWRITE && size >= X9_WRITE_HEADER;
         call->data_pos = ring->rx_pos + X9_WRITE_HEADER, call->held = NULL;
@@ -773,23 +795,26 @@ static int serve_stream(struct x9_link *link, struct x9_call *call)
 {
     struct x9_dev *dev = link->dev;
     uint32_t have = link->stream_have, at = 0;
-    ssize_t n = recv(link->wait_fd, link->stream_buf + have, dev->config.max_msize - have, MSG_DONTWAIT);
+    bool held = link->held_since; /* what is here comes first; the rest stays in the socket, and fills it */
     int taken = 0;
 
-    if (n <= 0) {
-        if (!n || (errno != EAGAIN && errno != EINTR))
-            finish(dev, X9_HANGUP, "the peer closed the connection");
-        return 0;
+    if (!held) {
+        ssize_t n = recv(link->wait_fd, link->stream_buf + have, dev->config.max_msize - have, MSG_DONTWAIT);
+        if (n <= 0) {
+            if (!n || (errno != EAGAIN && errno != EINTR))
+                finish(dev, X9_HANGUP, "the peer closed the connection");
+            return 0;
+        }
+        have += (uint32_t)n;
+        obs_look(dev);
     }
-    have += (uint32_t)n;
-    obs_look(dev);
     while (have - at >= X9_HEADER && !dev_ending(dev)) {
         uint32_t size = get32(link->stream_buf + at);
         if (size < X9_HEADER || size > size_limit(dev)) {
             finish(dev, X9_PROTOCOL, "message size %u is not between %u and %u", size, X9_HEADER, size_limit(dev));
             break;
         }
-        if (have - at < size)
+        if (have - at < size || !limits_admit(link, link->stream_buf[at + 4]))
             break;
         call->link = link, call->msg = link->stream_buf + at, call->size = size, call->data_in_ring = false;
         obs_take(call, size);
@@ -798,30 +823,31 @@ static int serve_stream(struct x9_link *link, struct x9_call *call)
     }
     memmove(link->stream_buf, link->stream_buf + at, have - at);
     link->stream_have = have - at;
-    return taken ? taken : 1;
+    return taken || link->held_since ? taken : 1;
 }
 
 static int wait_for_events(struct x9_dev *dev, int timeout_ms)
 {
     struct pollfd fds[X9_MAX_RINGS + 1];
     nfds_t n = 0;
+    uint64_t count;
     int err = 0;
 
-    fds[n++] = (struct pollfd){dev->stop_fd, POLLIN, 0};
+    fds[n++] = (struct pollfd){dev->wake_fd, POLLIN, 0};
     if (dev->evt_fd >= 0)
         fds[n++] = (struct pollfd){dev->evt_fd, POLLIN, 0};
     for (uint32_t i = 0; i < dev->nlinks; i++)
-        if (dev->links[i]->kind != X9_XEN)
+        if (dev->links[i]->kind == X9_MEMORY || (dev->links[i]->kind == X9_STREAM && !dev->links[i]->held_since))
             fds[n++] = (struct pollfd){dev->links[i]->wait_fd, POLLIN, 0};
     if (poll(fds, n, timeout_ms) < 0 && errno != EINTR)
         return errno;
+    if (fds[0].revents) /* whoever wakes the reader has said before what it is to see */
+        (void)!read(dev->wake_fd, &count, sizeof count);
     if (dev->evt_fd >= 0 && fds[1].revents)
         err = xen_acknowledge(dev);
     for (uint32_t i = 0; i < dev->nlinks; i++)
-        if (dev->links[i]->kind == X9_MEMORY) {
-            uint64_t count;
+        if (dev->links[i]->kind == X9_MEMORY)
             (void)!read(dev->links[i]->wait_fd, &count, sizeof count);
-        }
     pthread_mutex_lock(&dev->lock);
     pass_sign_on(dev);
     pthread_mutex_unlock(&dev->lock);
@@ -842,6 +868,7 @@ int x9_dev_run(x9_dev *dev)
     while (!dev_ending(dev)) {
         int taken = 0;
 
+        dev->held_until = 0;
         for (uint32_t i = 0; i < dev->nlinks; i++) {
             struct x9_link *link = dev->links[i];
             taken += link->kind == X9_STREAM ? serve_stream(link, call) : serve_ring(link, call);
@@ -855,9 +882,9 @@ int x9_dev_run(x9_dev *dev)
             continue;
         }
         obs_look(dev);
-        if (spin_on(&spin, dev->config.spin_us))
+        if (!dev->held_until && spin_on(&spin, dev->config.spin_us))
             continue;
-        int err = wait_for_events(dev, -1);
+        int err = wait_for_events(dev, limits_pause(dev));
         if (err)
             finish(dev, X9_SYSTEM, "waiting for events: %s", strerror(err));
         obs_look(dev);
@@ -888,7 +915,7 @@ x9_dev *x9_dev_new(const x9_config *config)
     if (dev->config.pool_threads > sizeof dev->threads / sizeof *dev->threads)
         dev->config.pool_threads = sizeof dev->threads / sizeof *dev->threads;
     dev->gnt_fd = dev->evt_fd = -1;
-    dev->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    dev->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     dev->buf = malloc(config->max_msize);
     pthread_mutex_init(&dev->lock, NULL);
     pthread_mutex_init(&dev->locks.lock, NULL);
@@ -901,11 +928,12 @@ x9_dev *x9_dev_new(const x9_config *config)
     pthread_condattr_destroy(&clock);
     dev->pool.tail = &dev->pool.head;
     dev->cold.tail = &dev->cold.head;
-    if (dev->stop_fd < 0 || !dev->buf || fids_init(&dev->fids, config->max_fids) || fstat(config->root_fd, &st)) {
+    if (dev->wake_fd < 0 || !dev->buf || fids_init(&dev->fids, config->limits.max_fids) || fstat(config->root_fd, &st)) {
         x9_dev_free(dev);
         return NULL;
     }
     dev->root_dev = st.st_dev, dev->root_ino = st.st_ino;
+    x9_dev_set_limits(dev, &config->limits);
     obs_init(dev);
     return dev;
 }
@@ -1002,8 +1030,8 @@ void x9_dev_free(x9_dev *dev)
         close(dev->evt_fd);
     if (dev->gnt_fd >= 0)
         close(dev->gnt_fd);
-    if (dev->stop_fd >= 0)
-        close(dev->stop_fd);
+    if (dev->wake_fd >= 0)
+        close(dev->wake_fd);
     free(dev->late);
     free(dev->buf);
     free(dev);

@@ -37,6 +37,8 @@ void fid_put(struct x9_fid *fid)
         locks_forget(fid);
     if (fid->xattr)
         xattr_free(fid->xattr);
+    if (fid->auth)
+        auth_free(fid->auth);
     if (fid->io_fd >= 0 && fid->io_fd != fid->path_fd)
         close(fid->io_fd);
     if (fid->path_fd >= 0)
@@ -54,11 +56,15 @@ static struct x9_fid **find(struct x9_fids *fids, uint32_t num)
     return at;
 }
 
-static struct x9_fid *get(struct x9_fids *fids, uint32_t num, bool xattr)
+enum kind { FILE_FID, XATTR_FID, AUTH_FID };
+
+static enum kind kind_of(const struct x9_fid *fid) { return fid->auth ? AUTH_FID : fid->xattr ? XATTR_FID : FILE_FID; }
+
+static struct x9_fid *get(struct x9_fids *fids, uint32_t num, enum kind kind)
 {
     pthread_mutex_lock(&fids->lock);
     struct x9_fid *fid = *find(fids, num);
-    if (fid && (fid->xattr != NULL) == xattr)
+    if (fid && kind_of(fid) == kind)
         __atomic_add_fetch(&fid->refs, 1, __ATOMIC_RELAXED);
     else
         fid = NULL;
@@ -67,10 +73,13 @@ static struct x9_fid *get(struct x9_fids *fids, uint32_t num, bool xattr)
 }
 
 /* A new reference to a file's fid, or NULL. */
-struct x9_fid *fids_get(struct x9_fids *fids, uint32_t num) { return get(fids, num, false); }
+struct x9_fid *fids_get(struct x9_fids *fids, uint32_t num) { return get(fids, num, FILE_FID); }
 
 /* A new reference to an extended attribute's fid, or NULL: no message but Tread, Twrite and Tclunk takes those. */
-struct x9_fid *fids_get_xattr(struct x9_fids *fids, uint32_t num) { return get(fids, num, true); }
+struct x9_fid *fids_get_xattr(struct x9_fids *fids, uint32_t num) { return get(fids, num, XATTR_FID); }
+
+/* The same for that of a Tauth, which only Tattach takes besides. */
+struct x9_fid *fids_get_auth(struct x9_fids *fids, uint32_t num) { return get(fids, num, AUTH_FID); }
 
 bool fids_has(struct x9_fids *fids, uint32_t num)
 {

@@ -584,6 +584,7 @@ static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset
         obs_done_read(call, header, (uint32_t)got);
         ring_poke(&link->ring, 0, header, sizeof header);
         ring_publish(&link->ring, X9_READ_HEADER + (uint32_t)got);
+        limits_settle(call->dev, &call->promised, X9_READ_HEADER + (uint32_t)got);
         dev_count_io(call->dev, (uint64_t)got, 0);
     }
     pthread_mutex_unlock(&link->tx_lock);

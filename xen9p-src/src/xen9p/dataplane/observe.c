@@ -295,6 +295,13 @@ static void look_back(struct x9_dev *dev, uint64_t since)
     }
 }
 
+/* A message has been found that is not taken yet, with visible bytes as below: its time in the ring begins. */
+void obs_see(struct x9_link *link, uint32_t visible)
+{
+    if (timed(link->dev))
+        mark(link, link->ring.rx_pos + visible, link->dev->stamp);
+}
+
 /* A whole message has been found, with visible bytes from its start to the end of what the peer has published. It has
  * been in the ring since the look that first saw it; when it came before that look, nobody knows. */
 void obs_take(struct x9_call *call, uint32_t visible)

@@ -124,6 +124,7 @@ void ring_publish(struct x9_ring *ring, uint32_t len);
 
 /* --- fids --- */
 
+struct x9_auth;
 struct x9_xattr;
 struct x9_locks;
 
@@ -139,6 +140,7 @@ struct x9_fid {
     uint64_t stream_end, stream_sent; /* a sequential writer: where it is, and up to where writeback has been started */
     pthread_mutex_t lock; /* Tlopen's change of state, the position of a directory stream, what came for an xattr */
     struct x9_xattr *xattr; /* this fid is an extended attribute and no file; from its making to its end */
+    struct x9_auth *auth;   /* it is that of a Tauth; from its making to its end */
     struct x9_locks *locks; /* where locks that were taken through this fid are, if there were any */
     struct x9_fid *next;
 };
@@ -158,6 +160,7 @@ bool fids_has(struct x9_fids *fids, uint32_t num);
 int fids_add(struct x9_fids *fids, struct x9_fid *fid);
 int fids_swap(struct x9_fids *fids, struct x9_fid *old, struct x9_fid *fid);
 struct x9_fid *fids_get_xattr(struct x9_fids *fids, uint32_t num);
+struct x9_fid *fids_get_auth(struct x9_fids *fids, uint32_t num);
 struct x9_fid *fids_take(struct x9_fids *fids, uint32_t num);
 int fids_drop(struct x9_fids *fids, uint32_t num);
 void fid_put(struct x9_fid *fid);
@@ -204,6 +207,12 @@ struct x9_locks {
     uint32_t nowners, nranges, nlinks;
 };
 
+/* A rate; see limits.c. Atomic. */
+struct x9_bucket {
+    uint64_t per_second; /* 0: no limit */
+    int64_t due;         /* ns on the clock of now_ns() */
+};
+
 /* A way to the peer: one ring pair, or one byte stream. Replies go back on the link of their request. */
 struct x9_link {
     struct x9_dev *dev;
@@ -220,6 +229,7 @@ struct x9_link {
     /* The reader's: when what is in the ring was seen first. */
     struct x9_mark marks[X9_MARKS];
     uint32_t first_mark, nmarks;
+    int64_t held_since; /* ns; 0: no limit holds its first message back. The reader's, changed below dev->lock */
 };
 
 /* A stretch that a sequential writer has left behind: worth writing back already. */
@@ -249,6 +259,8 @@ struct x9_req {
     struct x9_held *held; /* a Twrite whose data is still in the ring, at data_pos */
     uint32_t data_pos;
     struct x9_stream stream; /* a job of our own and no request: start writing this back */
+    uint32_t promised;       /* bytes of its reply that its rate has been charged with already */
+    uint64_t weight;         /* its part of dev->nbytes */
     bool running;
     bool replying; /* its reply is leaving: the peer may use the tag again any moment */
     struct x9_flush *flushes; /* the Tflush requests that wait for this one */
@@ -271,16 +283,18 @@ struct x9_dev {
     uint32_t msize; /* 0 until Tversion */
     struct x9_fids fids;
     struct x9_locks locks;
-    uint32_t xattr_fids, xattr_bytes; /* atomic */
+    uint32_t xattr_fids, xattr_bytes, auth_fids; /* atomic */
     struct x9_link *links[X9_MAX_RINGS];
     uint32_t nlinks;
-    int gnt_fd, evt_fd, stop_fd;
+    int gnt_fd, evt_fd, wake_fd;
     uint32_t order;
 
     pthread_mutex_t lock; /* everything from here to the statistics */
     struct x9_queue pool, cold;
     struct x9_req *live;
     uint32_t nlive, npool, nidle, nqueued; /* nqueued: in the pool's queue */
+    uint64_t nbytes; /* that live requests bind */
+    uint64_t throttled, throttled_ns;
     pthread_cond_t idle; /* nlive fell */
     pthread_cond_t room; /* the peer gave a sign: there may be room for a reply */
     uint32_t room_waiters;
@@ -291,6 +305,8 @@ struct x9_dev {
 
     bool stop;  /* everybody out */
     bool drain; /* take nothing new, finish what is here */
+    struct x9_bucket ops, bytes;
+    int64_t held_until; /* the reader's: ns when a message may be taken that may not yet; 0: there is none */
     uint64_t slow_until; /* the reader's: us until which it leaves all writes to the pool */
     struct x9_late *late; /* the reader's */
     uint32_t nlate;
@@ -323,6 +339,7 @@ struct x9_call {
     struct x9_held *held; /* set by who leaves it there for the pool */
     struct x9_stream stream;
     struct x9_note note;
+    uint32_t promised; /* as in x9_req */
     uint8_t *big;       /* msize bytes, or NULL: allocated on first use */
     uint8_t out[X9_SMALL];
     uint32_t out_len;
@@ -339,6 +356,7 @@ bool spin_on(struct x9_spin *spin, uint32_t limit_us);
 void spin_found(struct x9_spin *spin, uint32_t limit_us);
 
 /* clock.c */
+uint64_t now_ns(void);
 uint64_t now_us(void);
 uint64_t clock_ns(int clock);
 uint64_t ticks(void);
@@ -363,6 +381,11 @@ int xattr_write(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t co
 bool xattr_is_to_set(struct x9_dev *dev, uint32_t num);
 int xattr_end(struct x9_fid *fid);
 void xattr_free(struct x9_xattr *xattr);
+
+int auth_read(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t count);
+int auth_write(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t count);
+bool auth_takes(const struct x9_call *call);
+void auth_free(struct x9_auth *auth);
 
 /* --- whose rights a thread has (users.c) --- */
 
@@ -400,9 +423,18 @@ int h_lock(struct x9_call *call);
 int h_getlock(struct x9_call *call);
 void locks_forget(struct x9_fid *fid);
 
+uint64_t limits_waited(int64_t since);
+bool limits_admit(struct x9_link *link, uint8_t type);
+int limits_pause(const struct x9_dev *dev);
+void limits_charge(struct x9_call *call);
+void limits_settle(struct x9_dev *dev, uint32_t *promised, uint32_t len);
+uint64_t limits_weight(const struct x9_call *call);
+bool limits_full(const struct x9_dev *dev, uint64_t weight);
+
 int link_wait_room(struct x9_link *link, uint32_t len);
 void link_notify(struct x9_link *link);
 void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len);
+void dev_wake(struct x9_dev *dev);
 bool dev_stopping(struct x9_dev *dev);
 bool dev_ending(struct x9_dev *dev);
 bool dev_idle(struct x9_dev *dev);
@@ -413,6 +445,7 @@ void obs_init(struct x9_dev *dev);
 void obs_free(struct x9_dev *dev);
 void obs_errno(struct x9_dev *dev, uint32_t err);
 void obs_look(struct x9_dev *dev);
+void obs_see(struct x9_link *link, uint32_t visible);
 void obs_take(struct x9_call *call, uint32_t visible);
 void obs_begin(struct x9_call *call);
 void obs_start(struct x9_note *note);

@@ -211,7 +211,7 @@ int xattr_read(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t cou
     uint8_t *buf = call->out;
 
     if (!fid)
-        return EBADF;
+        return auth_read(call, num, offset, count);
     const struct x9_xattr *xattr = fid->xattr;
     int err = xattr->set ? EINVAL : 0;
     uint32_t left = offset < xattr->size ? xattr->size - (uint32_t)offset : 0, len = count < left ? count : left;
@@ -277,20 +277,6 @@ int h_xattrcreate(struct x9_call *call)
     return err;
 }
 
-static void copy_data(struct x9_call *call, uint8_t *to, uint32_t count)
-{
-    struct iovec iov[2];
-
-    if (!call->data_in_ring) {
-        memcpy(to, call->msg + X9_WRITE_HEADER, count);
-        return;
-    }
-    int n = ring_rx_iov(&call->link->ring, call->data_pos, count, iov);
-    memcpy(to, iov[0].iov_base, iov[0].iov_len);
-    if (n > 1)
-        memcpy(to + iov[0].iov_len, iov[1].iov_base, iov[1].iov_len);
-}
-
 /* Twrite, when it is no open file's fid. The value comes from its start on, without holes; pieces may come again. */
 int xattr_write(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t count)
 {
@@ -298,7 +284,7 @@ int xattr_write(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t co
     int err = 0;
 
     if (!fid)
-        return EBADF;
+        return auth_write(call, num, offset, count);
     struct x9_xattr *xattr = fid->xattr;
     pthread_mutex_lock(&fid->lock);
     if (xattr->ended) {

@@ -40,7 +40,7 @@ class Server:
                 worker.prepare_process()
                 root = sandbox.cage(str(folder), False)
                 users = Users(checks=checks, groups=((BOB, (BOB, 100)),))
-                device = DataPlane(root, False, Limits(spin_us=200), users)  # measured anew, it would differ
+                device = DataPlane(root, False, Limits(spin_us=200), users=users)  # measured anew, it would differ
                 sandbox.shut(root, False)
                 ring.serve_with(device)
                 device.run(server.serve)

@@ -24,7 +24,7 @@ FLAGS = {
 }
 COVERAGE = "-fsanitize-coverage=trace-pc"
 """Has gcc call __sanitizer_cov_trace_pc() in each basic block; xen9p-src/fuzz/cover.c counts them."""
-IN_C = ("ring", "server", "client", "limits", "races", "threats", "flush", "locks", "xattr", "rates", "auth")
+IN_C = ("ring", "server", "client", "limits", "races", "threats", "flush", "locks", "xattr", "users", "rates", "auth")
 """The tests that run C for the most part; the others are left out where time is short."""
 LIBRARY = {"address": "libasan.so", "thread": "libtsan.so"}
 

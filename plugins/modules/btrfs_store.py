@@ -35,6 +35,10 @@ options:
       - Directories below the mount that later steps make. While any of them is missing, a mounted filesystem
         with less than O(room) free is refused.
   room: {type: int, default: 1024, description: [MiB that have to be free to make O(trees).]}
+  quotas:
+    type: bool
+    default: false
+    description: [Turn quotas on. With false they are left as they are.]
   force_format:
     type: bool
     default: false
@@ -79,6 +83,7 @@ class Store:
     dry: bool
     trees: list[str] = field(default_factory=list)
     room: int = 0
+    quotas: bool = False
     actions: list[str] = field(default_factory=list)
 
     def act(self, words: str) -> bool:
@@ -105,6 +110,8 @@ class Store:
             self.check_room()
         for name in self.subvolumes:
             self.have_subvolume(self.mount / name)
+        if self.quotas:
+            self.have_quotas()
 
     def mounted_type(self) -> str:
         """Type of what is mounted on the very mount point, "" if nothing is."""
@@ -236,6 +243,13 @@ class Store:
         if self.act(f"subvolume {path}"):
             run("btrfs", "--quiet", "subvolume", "create", str(path))
 
+    def have_quotas(self) -> None:
+        try:
+            run("btrfs", "qgroup", "show", str(self.mount))
+        except StoreError:
+            if self.act(f"quotas on {self.mount}"):
+                run("btrfs", "quota", "enable", str(self.mount))
+
 
 def main() -> None:
     """Run the module."""
@@ -250,6 +264,7 @@ def main() -> None:
             "subvolumes": {"type": "list", "elements": "str", "default": []},
             "trees": {"type": "list", "elements": "str", "default": []},
             "room": {"type": "int", "default": 1024},
+            "quotas": {"type": "bool", "default": False},
             "force_format": {"type": "bool", "default": False},
         },
         mutually_exclusive=[["device", "loop_file"]],
@@ -269,6 +284,7 @@ def main() -> None:
         dry=module.check_mode,
         trees=given["trees"],
         room=given["room"],
+        quotas=given["quotas"],
     )
     try:
         store.converge()

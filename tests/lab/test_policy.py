@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from lab import BACKEND, Dom0, connect, wait_until
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from lab import BACKEND, Dom0, connect, scratch, wait_until
 
 MOUNT = "mount -t 9p -o trans=xen,version=9p2000.L,msize=524288"
 
@@ -106,3 +112,188 @@ def test_a_bad_policy_changes_nothing(dom0: Dom0) -> None:
         assert "nonsense" in dom0.out("journalctl -u xen9pd -n 20 --no-pager")
     finally:
         dom0.out("cp /tmp/policy.keep /etc/xen9p/policy.toml; systemctl reload xen9pd")
+
+
+# What a guest's users may, and what they are on the host.
+
+# A user that the guest's root has made, with the right to pass by its kernel's checks.
+LIAR = (
+    "setpriv --reuid 1002 --regid 1002 --clear-groups --inh-caps +dac_override,+dac_read_search"
+    " --ambient-caps +dac_override,+dac_read_search"
+)
+KEEP = "/tmp/policy.keep"
+
+
+@contextmanager
+def rules(dom0: Dom0, text: str, tags: dict[str, str]) -> Iterator[None]:
+    """More rules while the block runs, and afterwards none of the devices (guest -> tag) that they gave."""
+    dom0.out(f"cp /etc/xen9p/policy.toml {KEEP}")
+    try:
+        set_rules(dom0, text)
+        yield
+    finally:
+        dom0.out(f"cp {KEEP} /etc/xen9p/policy.toml && systemctl reload xen9pd")
+        for guest, tag in tags.items():
+            dom0.run(f"xen9p detach {guest} {tag}")
+            wait_until("the device is gone", lambda guest=guest, tag=tag: dom0.device(guest, tag) is None, 20)  # type: ignore[misc]
+
+
+def set_rules(dom0: Dom0, text: str) -> None:
+    dom0.out(f"cp {KEEP} /etc/xen9p/policy.toml && cat >> /etc/xen9p/policy.toml <<'EOF'\n{text}\nEOF\n")
+    dom0.out("xen9p policy check && systemctl reload xen9pd")
+
+
+def rule(guest: str, export: str, path: str, terms: str) -> str:
+    return f"""
+[exports.{export}]
+path = "{path}"
+[[rules]]
+guest = "{guest}"
+export = "{export}"
+access = "rw"
+{terms}
+"""
+
+
+@contextmanager
+def in_guest(dom0: Dom0, guest: str, tag: str) -> Iterator[str]:
+    """The device mounted, without a cache."""
+    g, path = connect(guest), f"/mnt/{tag}"
+    wait_until("the device is connected", lambda: dom0.device(guest, tag) is not None, 30)
+    g.check_output(f"mkdir -p {path} && {MOUNT},cache=none {tag} {path}")
+    try:
+        yield path
+    finally:
+        g.run(f"umount {path} || umount -l {path}; rmdir {path}")
+
+
+def test_the_host_checks_what_a_user_may(dom0: Dom0) -> None:
+    """A 0600 file of another is not to be read, whatever the guest's kernel lets through; on its own root it is."""
+    g1 = connect("g1")
+    with scratch(g1, "/home/checked") as shared, scratch(g1, "/var/tmp/unchecked") as own:
+        for path in (shared, own):
+            g1.check_output(
+                f"chmod 1777 {path}; echo secret > {path}/f; chown 1001:1001 {path}/f; chmod 600 {path}/f;"
+                f" mkdir {path}/d; chown 1001:1001 {path}/d; chmod 700 {path}/d"
+            )
+        assert g1.check_output(f"{LIAR} cat {own}/f") == "secret"
+        for command in (f"cat {shared}/f", f"ls {shared}/d", f"sh -c 'echo x >> {shared}/f'", f"touch {shared}/d/x",
+                        f"mv {shared}/f {shared}/mine", f"rm -f {shared}/f"):  # fmt: skip
+            result = g1.run(f"{LIAR} {command}")
+            assert result.rc != 0, command
+            assert "ermission denied" in result.stderr or "not permitted" in result.stderr, command
+        assert g1.check_output(f"setpriv --reuid 1001 --regid 1001 --clear-groups cat {shared}/f") == "secret"
+        assert dom0.out("cat /srv/xen9p/home/checked/f").strip() == "secret"
+
+
+def test_numbers_and_terms_change_under_a_mount(dom0: Dom0) -> None:
+    """Ranges, then a squash, then no special files, by reload: worker, mount and open files stay."""
+    g1, path = connect("g1"), "/srv/xen9p/home/.mapped"
+    dom0.out(f"mkdir -p {path} && chmod 1777 {path}")
+    ranges = rule("g1", "mapped", path, "special = true\nidentity = {map = [[0, 100000, 65536]]}")
+    squash = rule("g1", "mapped", path, "identity = {squash = {uid = 4321, gid = 4322}}")
+    try:
+        with rules(dom0, ranges, {"g1": "mapped"}), in_guest(dom0, "g1", "mapped") as there:
+            g1.check_output(f"cd {there} && echo root > r && mkfifo fifo && setpriv --reuid 1000 --regid 1000"
+                            f" --clear-groups sh -c 'umask 077; echo user > u'")  # fmt: skip
+            assert dom0.out(f"cd {path} && stat -c '%n %u %g' r u").split("\n")[:2] == [
+                "r 100000 100000",
+                "u 101000 101000",
+            ]
+            assert g1.check_output(f"cd {there} && stat -c '%n %u %g' r u").split("\n") == ["r 0 0", "u 1000 1000"]
+            # Root of the guest is nobody in particular, though its own kernel lets it do all.
+            assert "ermission denied" in g1.run(f"cat {there}/u").stderr
+            dom0.out(f"echo host > {path}/h && chmod 644 {path}/h")
+            assert g1.check_output(f"stat -c '%u %g' {there}/h; cat {there}/h").split() == ["65534", "65534", "host"]
+            assert g1.run(f"chown 0 {there}/h").rc != 0
+            assert g1.run(f"mknod {there}/null c 1 3").rc != 0
+
+            pid = dom0.pid("g1", "mapped")
+            g1.check_output(f"(exec 3> {there}/open; sleep 8; echo late >&3) > /dev/null 2>&1 &")
+            wait_until("the file is open", lambda: g1.run(f"test -e {there}/open").rc == 0, 10)
+            set_rules(dom0, squash)
+            wait_until("the new terms are in force", lambda: g1.run(f"mkfifo {there}/fifo2").rc != 0, 15)
+            g1.check_output(f"echo x > {there}/squashed")
+            assert dom0.out(f"stat -c '%u %g' {path}/squashed").split() == ["4321", "4322"]
+            wait_until("the file that was open is written", lambda: dom0.out(f"cat {path}/open").strip() == "late", 30)
+            assert dom0.pid("g1", "mapped") == pid
+
+            set_rules(dom0, squash.replace('"rw"', '"ro"'))
+            device = dom0.device("g1", "mapped")
+            assert device is not None
+            assert device["pending"] == "access ro"
+            assert "pending g1 mapped: at its next attach: access ro" in dom0.out("xen9p status")
+            g1.check_output(f"echo x > {there}/still-writable")
+    finally:
+        dom0.out(f"rm -rf {path}")
+
+
+def test_no_special_files(dom0: Dom0) -> None:
+    """Not even by the guest's root, where the guest checks."""
+    g1, path = connect("g1"), "/srv/xen9p/home/.plain"
+    dom0.out(f"mkdir -p {path}")
+    try:
+        with (
+            rules(dom0, rule("g1", "plain", path, 'checks = "guest"'), {"g1": "plain"}),
+            in_guest(dom0, "g1", "plain") as there,
+        ):
+            for command in ("mkfifo {}/x", "mknod {}/x c 1 3", "mknod {}/x b 7 0"):
+                assert "not permitted" in g1.run(command.format(there)).stderr
+            g1.check_output(f"touch {there}/f && ln -s f {there}/l")
+        assert sorted(dom0.out(f"ls {path}").split()) == ["f", "l"]
+    finally:
+        dom0.out(f"rm -rf {path}")
+
+
+def test_a_quota_stops_one_guest(dom0: Dom0) -> None:
+    """btrfs: g1 gets EDQUOT in its export, and g2 goes on in its own on the same filesystem."""
+    names, store = {"g1": "one", "g2": "two"}, "/srv/xen9p"
+    dom0.out(f"btrfs quota enable {store}")
+    dom0.out(" && ".join(f"btrfs -q subvolume create {store}/.quota-{name}" for name in names.values()))
+    text = "".join(
+        rule(g, n, f"{store}/.quota-{n}", 'quota = {bytes = "8M"}' if g == "g1" else "") for g, n in names.items()
+    )
+    try:
+        with rules(dom0, text, names), in_guest(dom0, "g1", "one") as one, in_guest(dom0, "g2", "two") as two:
+            explained = json.loads(dom0.out("xen9p policy explain g1 --json"))
+            assert [got["quota"] for got in explained["gets"] if got["tag"] == "one"] == [
+                {"bytes": 8 << 20, "files": 0}
+            ]
+            result = connect("g1").run(f"dd if=/dev/zero of={one}/f bs=1M count=16 conv=fsync")
+            assert result.rc != 0
+            assert "quota exceeded" in result.stderr.lower()
+            connect("g2").check_output(f"dd if=/dev/zero of={two}/f bs=1M count=16 conv=fsync")
+            connect("g1").check_output("touch /home/.elsewhere && rm /home/.elsewhere")
+    finally:
+        dom0.out(" && ".join(f"btrfs -q subvolume delete {store}/.quota-{name}" for name in names.values()))
+        dom0.out(f"btrfs quota disable {store}")
+
+
+def test_a_quota_of_files_and_bytes_on_ext4(dom0: Dom0) -> None:
+    if dom0.run("command -v setquota").rc != 0:
+        pytest.skip("the host has no setquota: apt install quota")
+    folder = "/var/tmp/ext4-quota"
+    dom0.out(
+        f"mkdir -p {folder} && truncate -s 64M {folder}.img && mkfs.ext4 -q -O quota,project -E quotatype=prjquota"
+        f" {folder}.img && mount -o loop,prjquota {folder}.img {folder} && mkdir {folder}/export"
+    )
+    terms = 'quota = {bytes = "8M", files = 24}'
+    try:
+        with (
+            rules(dom0, rule("g1", "ext4", f"{folder}/export", terms), {"g1": "ext4"}),
+            in_guest(dom0, "g1", "ext4") as there,
+        ):
+            g1 = connect("g1")
+            assert g1.run(f"dd if=/dev/zero of={there}/f bs=1M count=16 conv=fsync").rc != 0
+            assert g1.run(f"rm {there}/f; cd {there} && touch $(seq 30)").rc != 0
+            assert 10 < len(g1.check_output(f"ls {there}").split()) < 24
+    finally:
+        dom0.out(f"umount {folder} && rm -r {folder} {folder}.img")
+
+
+def test_what_the_policy_gives_and_why(dom0: Dom0) -> None:
+    text = dom0.out("xen9p policy explain g1")
+    assert "tag root: rule" in text
+    assert "the guest's kernel; its root may do everything" in text
+    assert "the host's kernel" in text
+    assert 'rule 1 (guest "g1") is not about it' in dom0.out("xen9p policy explain nobody")

@@ -140,3 +140,26 @@ def test_a_full_store_is_refused_while_a_tree_is_missing(
     # Enough room, or nothing left to make: no reason to stop.
     a_store(store, tmp_path, trees=["guests/g2"], room=99).check_room()
     a_store(store, tmp_path, trees=["guests/g1"], room=1024).check_room()
+
+
+@pytest.mark.parametrize(
+    ("on", "wanted", "enabled"), [(True, True, 0), (False, True, 1), (False, False, 0), (True, False, 0)]
+)
+def test_quotas_are_turned_on_once_and_never_off(
+    store: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, on: bool, wanted: bool, enabled: int
+) -> None:
+    commands = Commands([])
+
+    def run(*command: str) -> str:
+        answer = commands(*command)
+        if command[1:3] == ("qgroup", "show") and not on:
+            raise store.StoreError("quotas not enabled")
+        return answer
+
+    monkeypatch.setattr(store, "run", run)
+    made = a_store(store, tmp_path, quotas=wanted)
+    monkeypatch.setattr(made, "mounted_type", lambda: "btrfs")
+    monkeypatch.setattr(made, "have_unit", lambda: None)
+    made.converge()
+    assert commands.ran.count(("btrfs", "quota", "enable", str(tmp_path))) == enabled
+    assert len(made.actions) == enabled

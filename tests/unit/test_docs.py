@@ -101,7 +101,9 @@ def test_the_policy_reference_names_every_key(package: None) -> None:
     keys = {
         key for group in re.findall(r"_known\([^)]*?\((\"[^)]*)\)", source) for key in re.findall(r'"(\w+)"', group)
     }
-    assert keys >= {"version", "path", "guest", "uuid", "export", "tag", "access", "attach"}
+    policy = importlib.import_module("xen9p.policy")
+    keys |= {*policy._RULE_KEYS, *policy.LIMITS}
+    assert keys >= {"version", "path", "guest", "uuid", "export", "tag", "access", "attach", "checks", "bytes", "fids"}
     for key in keys - {"exports", "rules"}:
         assert f"| `{key}` |" in text, key
 

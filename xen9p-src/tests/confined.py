@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
-from xen9p import sandbox, worker
+from xen9p import sandbox, server, worker
+from xen9p.client import Client
+from xen9p.dataplane import DataPlane
+from xen9p.transport.memory import MemoryRing, MemoryRingTransport
+from xen9p.users import Users
 
 CAP_SYS_ADMIN = 21
 
@@ -32,6 +36,26 @@ def confine(path: Path, readonly: bool = False) -> int:
     root = sandbox.cage(str(path), readonly)
     sandbox.shut(root, readonly)
     return root
+
+
+@contextmanager
+def confined_session(path: Path, readonly: bool = False, users: Users | None = None) -> Iterator[tuple[Client, int]]:
+    """A client of a confined child that serves a ring, which both have in their memory."""
+    ring = MemoryRing()
+
+    def serve() -> int:
+        worker.prepare_process()
+        root = sandbox.cage(str(path), readonly)
+        device = DataPlane(root, readonly, users=users)
+        sandbox.shut(root, readonly)
+        ring.serve_with(device)
+        return int(device.run(server.serve))
+
+    with child(serve) as (_, _result):
+        client, root = Client.connect(MemoryRingTransport(ring))
+        yield client, root
+        client.close()
+    ring.close()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from xen9p.client import Client
 from xen9p.dataplane import DataPlane, Limits, Verdict
 from xen9p.transport.memory import MemoryRing, MemoryRingTransport
 from xen9p.transport.stream_client import SocketTransport
+from xen9p.users import Users
 
 
 class Served:
@@ -27,9 +28,10 @@ class Served:
         readonly: bool = False,
         limits: Limits | None = None,
         authenticator: Authenticator | None = None,
+        users: Users | None = None,
     ) -> None:
         self.path = path
-        self.device = DataPlane(os.open(path, os.O_RDONLY | os.O_DIRECTORY), readonly, limits, authenticator)
+        self.device = DataPlane(os.open(path, os.O_RDONLY | os.O_DIRECTORY), readonly, limits, authenticator, users)
         self.verdict: Verdict | None = None
         self._thread = threading.Thread(target=self._run)
 
@@ -69,12 +71,13 @@ def serve_memory(
     order: int = 5,
     readonly: bool = False,
     limits: Limits | None = None,
+    users: Users | None = None,
     start_at: int = 0,
     authenticator: Authenticator | None = None,
 ) -> Iterator[tuple[list[MemoryRing], Served]]:
     """Serves path over rings in memory whose indices start at start_at."""
     made = [MemoryRing(order) for _ in range(rings)]
-    served = Served(path, readonly, limits, authenticator)
+    served = Served(path, readonly, limits, authenticator, users)
     for ring in made:
         ring.start_at(start_at)
         ring.serve_with(served.device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pwd
 import uuid
 from pathlib import Path
 
@@ -9,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xen9p import policy
+from xen9p import cli, policy, worker
 from xen9p.errors import PolicyError
 from xen9p.policy import Grant
+from xen9p.quota import Quota, parse_size, size_text
+from xen9p.users import Identity, Users
 
 UUID = "0b1c2d3e-0000-4000-8000-00000000000a"
 GOOD = f"""
@@ -66,6 +71,7 @@ def test_overlapping_patterns_give_the_first() -> None:
     assert [g.export for g in policy.parse(text).resolve("g1", "")] == ["a"]
 
 
+GIVEN = 'version=1\n[exports.home]\npath="/srv"\n[[rules]]\nguest="g1"\nexport="home"\n'
 RULE = 'version=1\n[exports.home]\npath="/srv"\n[[rules]]\n'
 
 
@@ -110,6 +116,44 @@ RULE = 'version=1\n[exports.home]\npath="/srv"\n[[rules]]\n'
             r'tag "home" is given twice to guest "g\*"',
         ),
         ("version = ", "Invalid value"),
+        (GIVEN + 'checks="none"', "rule 1: checks is 'none'"),
+        (GIVEN + 'identity="mapped"', r"rule 1: identity is 'mapped' \(write \"as-is\""),
+        (GIVEN + "identity={squash={uid=5,gid=5},map=[[0,1,1]]}", "rule 1: identity is"),
+        (GIVEN + "identity={uids=[[0,1,1]]}", "rule 1: identity is"),
+        (GIVEN + "identity={squash={uid=5}}", r"rule 1: identity.squash.gid is missing \(write a number from 0"),
+        (GIVEN + "identity={squash={uid=-1,gid=5}}", "rule 1: identity.squash.uid is -1"),
+        (GIVEN + "identity={squash={uid=true,gid=5}}", "rule 1: identity.squash.uid is True"),
+        (GIVEN + "identity={squash={uid=5,gid=5,user=5}}", 'rule 1: identity.squash: unknown key "user"'),
+        (GIVEN + 'identity={squash={uid=5,gid=5,who="some"}}', "rule 1: identity.squash: who is 'some'"),
+        (GIVEN + "identity={squash={uid=0,gid=0}}", "rule 1: identity makes root of every user"),
+        (GIVEN + "identity={map=[]}", r"rule 1: identity.map is \[\]"),
+        (GIVEN + "identity={map=[[0,1]]}", r"rule 1: identity.map has \[0, 1\]"),
+        (GIVEN + "identity={map=[[0,1,true]]}", r"rule 1: identity.map has \[0, 1, True\]"),
+        (GIVEN + "identity={map=[[0,4294967295,1]]}", "rule 1: identity.map has .*numbers are from 0"),
+        (GIVEN + "identity={map=[[0,4294967290,9]]}", "rule 1: identity.map has .*numbers are from 0"),
+        (GIVEN + "identity={map=[[0,1,0]]}", "rule 1: identity.map has .*at least one"),
+        (GIVEN + "identity={map=[[0,100,10],[9,200,1]]}", r"share some of the guest's numbers"),
+        (GIVEN + "identity={map=[[0,100,10],[20,109,5]]}", r"share some of the host's numbers"),
+        (GIVEN + 'groups="all"', "rule 1: groups is 'all'"),
+        (GIVEN + "groups={alice=[5]}", 'rule 1: groups has a user "alice"'),
+        (GIVEN + "groups={1000=[]}", r"rule 1: groups of user 1000 are \[\]"),
+        (GIVEN + 'groups={1000=["staff"]}', "rule 1: groups of user 1000 are"),
+        (GIVEN + 'groups="host"\nchecks="guest"', "rule 1: groups have no use with checks"),
+        (GIVEN + 'special="yes"', r"rule 1: special is 'yes' \(write true or false\)"),
+        (GIVEN + "limits=5", r"rule 1: limits is 5 \(write \[rules.limits\]"),
+        (GIVEN + "limits={fid=5}", r'rule 1: limits: unknown key "fid" \(did you mean "fids"\?\)'),
+        (GIVEN + "limits={fids=1}", "rule 1: limits.fids is 1 .write a number from 16 to"),
+        (GIVEN + 'limits={requests="many"}', "rule 1: limits.requests is 'many'"),
+        (GIVEN + 'limits={bytes_in_flight="1K"}', "rule 1: limits.bytes_in_flight is '1K' .* from 1M to 2G"),
+        (GIVEN + "quota={}", r"rule 1: quota is \{\}"),
+        (GIVEN + 'quota="2G"', "rule 1: quota is '2G'"),
+        (GIVEN + 'quota={bytes="2 GB"}', "rule 1: quota.bytes is '2 GB'"),
+        (GIVEN + 'quota={size="2G"}', 'rule 1: quota: unknown key "size"'),
+        (GIVEN + "quota={files=true}", "rule 1: quota.files is True"),
+        (
+            GIVEN + 'quota={bytes="2G"}\n[[rules]]\nguest="h"\nexport="home"\nquota={bytes="3G"}',
+            "rule 2: quota of 3G bytes for /srv, of which rule 1 says 2G bytes",
+        ),
     ],
 )
 def test_mistakes_are_named(text: str, line: str) -> None:
@@ -151,3 +195,160 @@ def test_any_text_is_a_policy_or_a_policy_error(text: str) -> None:
     except PolicyError as error:
         for line in str(error).splitlines():
             assert line.startswith("policy: ")
+
+
+def terms(lines: str) -> policy.Terms:
+    return policy.parse(GIVEN + lines).resolve("g1", "")[0].terms
+
+
+def test_what_is_not_said_is_the_safe_thing() -> None:
+    """The host checks, nothing special is made; nobody becomes root who was not."""
+    assert terms("") == policy.Terms(checks=True, identity=Identity(), groups="own", special=False, limits=())
+    assert terms("").users() == Users(Identity(), checks=True, special=False)
+
+
+def test_who_a_guests_users_are() -> None:
+    assert terms("identity={squash={uid=5,gid=6}}").identity == Identity("all", 5, 6)
+    assert terms('identity={squash={uid=65534,gid=65534,who="root"}}').identity == Identity("root", 65534, 65534)
+    both = terms("identity={map=[[0,100000,1000],[1000,1000,1]]}").identity
+    assert both.uids == both.gids == ((0, 100000, 1000), (1000, 1000, 1))
+    assert [both.host_uid(uid) for uid in (0, 999, 1000, 1001)] == [100000, 100999, 1000, None]
+    apart = terms("identity={uids=[[0,1,1]],gids=[[0,2,1]]}").identity
+    assert (apart.host_uid(0), apart.host_gid(0)) == (1, 2)
+    found = terms('checks="guest"\nspecial=true\nidentity={squash={uid=0,gid=0}}').users()
+    assert found == Users(Identity("all"), checks=False, special=True)
+
+
+def test_groups_of_a_table_and_of_the_host() -> None:
+    found = terms("identity={map=[[0,100000,2000]]}\ngroups={1000=[1000,100],5=[9000]}")
+    assert found.users().groups == ((101000, (101000, 100100)),)
+    host = dict(terms('groups="host"').users().groups)
+    for user in pwd.getpwall():
+        if user.pw_uid:
+            assert host[user.pw_uid][0] == user.pw_gid
+            assert set(host[user.pw_uid]) == set(os.getgrouplist(user.pw_name, user.pw_gid))
+    assert 0 not in host
+    daemon = pwd.getpwnam("daemon")
+    only = terms(f'groups="host"\nidentity={{map=[[1000,{daemon.pw_uid},1]]}}').users().groups
+    assert [uid for uid, _ in only] == [daemon.pw_uid]
+
+
+def test_limits_by_the_data_planes_names() -> None:
+    found = terms(
+        'limits={fids=1000,requests=32,bytes_in_flight="8M",operations_per_second=500,bytes_per_second=1000000}'
+    )
+    assert dict(found.limits) == {
+        "max_fids": 1000,
+        "max_queued": 32,
+        "max_bytes": 8 << 20,
+        "ops_per_second": 500,
+        "bytes_per_second": 1000000,
+    }
+    assert worker.limits(dict(found.limits)).ops_per_second == 500
+    assert worker.limits(dict(terms("").limits)) == worker.limits()
+
+
+def test_quotas_are_the_directorys() -> None:
+    text = GIVEN + 'quota={bytes="1.5G",files=1000}\n[[rules]]\nguest="h*"\nexport="home"\n'
+    assert policy.parse(text).quotas() == {Path("/srv"): Quota(3 << 29, 1000)}
+    assert str(Quota(3 << 29, 1000)) == "1536M bytes and 1000 files"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4096", 4096), (4096, 4096), ("64K", 1 << 16), ("1.5G", 3 << 29), ("2GiB", 2 << 30), ("1MB", 1 << 20),
+        ("", None), ("-1", None), ("1 G", None), ("1e9", None), (1.5, None), (True, None), (None, None),
+    ],
+)  # fmt: skip
+def test_sizes(text: object, size: int | None) -> None:
+    assert parse_size(text) == size
+    assert size is None or parse_size(size_text(size)) == size
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(st.sampled_from(["squash", "map", "uids", "gids", "uid", "gid", "who", "bytes"]), inner)
+        ),
+    )
+)
+def test_nothing_makes_a_term_without_a_line_about_it(value: object) -> None:
+    """Whatever stands there: a policy, or one line for each problem, and never another exception."""
+    problems: list[str] = []
+    rule = {"guest": "g", "export": "e"} | dict.fromkeys(("identity", "groups", "limits", "quota", "special"), value)
+    try:
+        policy.from_document({"version": 1, "exports": {"e": {"path": "/e"}}, "rules": [rule]})
+    except PolicyError as error:
+        problems = str(error).splitlines()
+    assert all(line.startswith("policy: ") for line in problems)
+
+
+# Explaining.
+
+FOUR = """
+version = 1
+[exports.home]
+path = "/"
+[exports.gone]
+path = "/nowhere"
+[[rules]]
+guest = "g*"
+export = "home"
+access = "rw"
+identity = {squash = {uid = 5, gid = 6, who = "root"}}
+limits = {fids = 1000, bytes_per_second = "1M"}
+[[rules]]
+guest = "G1"
+export = "home"
+tag = "other"
+[[rules]]
+guest = "*1"
+export = "home"
+[[rules]]
+uuid = "0b1c2d3e-0000-4000-8000-00000000000a"
+export = "gone"
+checks = "guest"
+attach = "manual"
+quota = {bytes = "2G"}
+"""
+
+
+def test_what_a_guest_gets_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(FOUR)
+    assert cli.main(["policy", "explain", "g1", "--policy", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert 'tag home: rule 1 (guest "g*")' in text
+    assert "identity  root is uid 5, gid 6, others as they are" in text
+    assert "limits    fids 1000, bytes_per_second 1M" in text
+    assert 'rule 2 (guest "G1") is not about it: "g1" is not "G1" (case matters)' in text
+    assert 'rule 3 (guest "*1") does not give its tag home: rule 1 gives this tag and comes first' in text
+    assert f"rule 4 (uuid {UUID}) is not about it: no uuid is given (--uuid)" in text
+
+    assert cli.main(["policy", "explain", "g1", "--uuid", UUID.upper(), "--json", "--policy", str(path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["rule"], one["tag"], one["access"]) for one in found["gets"]] == [(1, "home", "rw"), (4, "gone", "ro")]
+    assert [one["rule"] for one in found["lost"]] == [3]
+    assert [one["rule"] for one in found["others"]] == [2]
+    last = found["gets"][1]
+    assert (last["checks"], last["special"], last["quota"]) == ("guest", False, {"bytes": 2 << 30, "files": 0})
+    assert last["problems"] == ["export gone: /nowhere does not exist (create it or correct the path)"]
+    assert found["gets"][0]["limits"] == {"fids": 1000, "bytes_per_second": 1 << 20}
+
+
+def test_a_guest_that_gets_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("version = 1\n")
+    assert cli.main(["policy", "explain", "g1", "--policy", str(path)]) == 0
+    assert "gets nothing" in capsys.readouterr().out
+    for arguments, line in (
+        (["g1", "--uuid", "5", "--policy", str(path)], "'5' is no uuid (copy it from: xl list -v)"),
+        (["g1", "--policy", str(tmp_path / "none")], "does not exist"),
+    ):
+        assert cli.main(["policy", "explain", *arguments]) != 0
+        said = capsys.readouterr().err
+        assert line in said
+        assert said.count("\n") == 1

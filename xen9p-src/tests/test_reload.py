@@ -1,17 +1,26 @@
-"""One export's missing directory: the service starts and reloads, and only the grants of that export wait."""
+"""Reloading: only the grants of a missing directory wait, and what is attached changes without being disturbed."""
 
 from __future__ import annotations
 
+import json
 import logging
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from xen9p import daemon, policy
-from xen9p.errors import ControlError, PolicyError
+from serving import memory_session
+from xen9p import daemon, policy, quota, zygote
+from xen9p import worker as worker_module
+from xen9p.cli import status_text
+from xen9p.device import Device
+from xen9p.errors import ControlError, PolicyError, Xen9pError
 from xen9p.loop import Loop
-from xen9p.supervisor import Guest, Supervisor
+from xen9p.quota import Quota
+from xen9p.supervisor import Guest, Managed, Supervisor, _device_status
+from xen9p.users import Identity, Users, from_plain
 from xen9p.xenbus import GuestId
 
 
@@ -80,3 +89,194 @@ def test_a_faulty_policy_is_not_taken(file: Path, given: tuple[Supervisor, list[
         supervisor.reload()
     assert supervisor.policy is before
     assert not tags
+
+
+# What changes under devices that are attached.
+
+
+class Recorder:
+    """Stands for a worker: remembers what it is told."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+        self.stats: dict[str, int] = dict.fromkeys(
+            ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued"), 0
+        )
+
+    def settle(self, terms: dict[str, Any]) -> None:
+        self.told.append(terms)
+
+
+@pytest.fixture
+def attached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Supervisor, Managed, Recorder, Path]:
+    """g1 with tag home, as the policy in the file says."""
+    nothing: Any = None
+    (tmp_path / "home").mkdir()
+    file = tmp_path / "policy.toml"
+    write(file)
+    supervisor = Supervisor(Loop(), nothing, nothing, policy.load(file, check_paths=True), tmp_path)
+    guest = supervisor.guests[1] = Guest(GuestId(1, "g1", "u"))
+    grant = supervisor.policy.resolve("g1", "u")[0]
+    managed = guest.devices[0] = Managed(guest, 0, grant, Device())
+    managed.terms = {"users": grant.terms.users().plain(), "limits": dict(grant.terms.limits)}
+    recorder: Any = Recorder()
+    managed.worker = recorder
+    monkeypatch.setattr(supervisor, "attach", lambda *_: pytest.fail("attached"))
+    return supervisor, managed, recorder, file
+
+
+def write(file: Path, rule: str = "", path: str = "home") -> None:
+    file.write_text(
+        f'version = 1\n[exports.home]\npath = "{file.parent}/{path}"\n'
+        f'[[rules]]\nguest = "g1"\nexport = "home"\nattach = "manual"\n{rule}\n'
+    )
+
+
+def test_new_terms_go_to_the_worker(attached: tuple[Supervisor, Managed, Recorder, Path]) -> None:
+    supervisor, managed, worker, file = attached
+    supervisor.reload()
+    assert worker.told == []
+    for rule, users, limits in (
+        ('checks = "guest"', Users(Identity(), checks=False, special=False), {}),
+        ("special = true", Users(Identity(), checks=True, special=True), {}),
+        ("identity = {squash = {uid = 5, gid = 6}}", Users(Identity("all", 5, 6), checks=True, special=False), {}),
+        ("limits = {fids = 100}", Users(Identity(), checks=True, special=False), {"max_fids": 100}),
+    ):
+        write(file, rule)
+        supervisor.reload()
+        supervisor.reload()  # nothing new: nothing is said again
+        told = worker.told.pop()
+        assert worker.told == []
+        assert (from_plain(told["users"]), told["limits"]) == (users, limits)
+        assert managed.terms == told  # for the next worker, if this one dies
+        assert managed.later == ""
+
+
+def test_what_only_the_next_attach_brings_is_said(
+    attached: tuple[Supervisor, Managed, Recorder, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor, managed, worker, file = attached
+    before = managed.grant
+    (file.parent / "other").mkdir()
+    for rule, path, later in (
+        ('access = "rw"', "home", "access rw"),
+        ('frontend = "user"', "home", "frontend user"),
+        ("special = true", "other", f"path {file.parent}/other"),
+        ('tag = "another"', "home", "no rule gives it any more"),
+    ):
+        write(file, rule, path)
+        caplog.clear()
+        supervisor.reload()
+        supervisor.reload()
+        assert managed.later == later
+        lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert lines == [f"guest=g1 device=1/0 tag=home stays as it is until its next attach; then: {later}"]
+        device = _device_status(managed)
+        assert (device["pending"], device["access"], device["path"]) == (later, "ro", str(before.path))
+        shown = {
+            "host": {"xen": "", "version": "", "pid": 1, "policy": "", "rules": 1},
+            "guests": [],
+            "devices": [device],
+        }
+        assert f"pending g1 home: at its next attach: {later}" in status_text(shown)
+    # Terms of another directory's rule are not for the device of this one.
+    assert worker.told == []
+    write(file)
+    supervisor.reload()
+    assert managed.later == ""
+
+
+def test_a_worker_of_an_earlier_version_takes_no_terms(attached: tuple[Supervisor, Managed, Recorder, Path]) -> None:
+    supervisor, managed, worker, file = attached
+    managed.deaf = True
+    write(file, "special = true")
+    supervisor.reload()
+    assert worker.told == []
+    assert managed.later == "its terms (the worker is of an earlier version)"
+    assert from_plain(managed.terms["users"]).special, "the next worker gets them"
+
+
+def test_what_was_narrowed_by_hand_is_not_pending(attached: tuple[Supervisor, Managed, Recorder, Path]) -> None:
+    supervisor, managed, _, file = attached
+    managed.narrowed = True
+    write(file, 'access = "rw"')
+    supervisor.reload()
+    assert managed.later == ""
+
+
+def test_a_quota_that_cannot_be_had_keeps_the_export_back(
+    file: Path, given: tuple[Supervisor, list[str]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor, tags = given
+    (file.parent / "gone").mkdir()
+    file.write_text(file.read_text().replace('export = "here"\n', 'export = "here"\nquota = {bytes = "2M"}\n'))
+    enforced: list[tuple[Path, Quota]] = []
+
+    def enforce(path: Path, most: Quota) -> None:
+        enforced.append((path, most))
+        if len(enforced) == 1:
+            raise Xen9pError("no quotas here", "have some")
+
+    monkeypatch.setattr(quota, "enforce", enforce)
+    supervisor.reload()
+    assert tags == ["gone"]
+    assert "tag=here not attached: no quotas here (have some)" in caplog.text
+    tags.clear()
+    supervisor.reload()
+    assert tags == ["gone", "here"]
+    here = file.parent / "here"
+    assert enforced == [(here, Quota(2 << 20))] * 2
+    supervisor.give(supervisor.guests[1])
+    assert len(enforced) == 2, "it is in force"
+    file.write_text(file.read_text().replace('quota = {bytes = "2M"}\n', ""))
+    supervisor.reload()
+    assert enforced[2:] == [(here, Quota())]
+
+
+def test_a_worker_takes_other_terms_over_its_socket(tmp_path: Path) -> None:
+    """The order as the supervisor sends it; the mount's fids and files stay."""
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "f").write_text("content")
+    (export / "f").chmod(0o600)
+    path = tmp_path / "worker.sock"
+    request = dict.fromkeys(worker_module.HELLO_FIELDS, "x") | {"domid": 1, "devid": 0, "readonly": False}
+    with memory_session(export) as session:
+        device = session.served.device
+        made = worker_module.Worker(request, zygote.listen(path))
+        made.device = made._made = device
+        threading.Thread(target=made._listen, daemon=True).start()
+        alice = session.client.attach(n_uname=1000)
+        fid = session.client.walk(alice, b"f")
+        session.client.lopen(fid)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(str(path))
+            lines = sock.makefile("rwb")
+
+            def ask(order: dict[str, Any]) -> dict[str, Any]:
+                lines.write(json.dumps(order).encode() + b"\n")
+                lines.flush()
+                answer: dict[str, Any] = json.loads(lines.readline())
+                return answer
+
+            assert from_plain(json.loads(lines.readline())["users"]) == Users()
+            terms = {"users": Users(checks=True).plain(), "limits": {"max_fids": 50}}
+            assert ask({"do": "settle", **terms}) == {"event": "settled", "problem": ""}
+            assert device.users == Users(checks=True)
+            assert device.limits.max_fids == 50
+            assert session.client.read(fid, 0, 10) == b"content"
+            with pytest.raises(PermissionError):
+                session.client.read_file(alice, b"f")
+            for bad in ({}, {"users": {}, "limits": {}}, {**terms, "limits": {"max_apples": 5}}):
+                assert ask({"do": "settle", **bad})["problem"]
+            assert ask({"do": "stats"})["event"] == "stats"
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(str(path))
+            hello = json.loads(sock.makefile("rb").readline())
+        assert {name: hello[name] for name in terms} == terms, "so the next supervisor knows"
+        made.listener.shutdown(socket.SHUT_RDWR)
+        made.listener.close()

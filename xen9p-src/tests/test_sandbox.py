@@ -15,20 +15,17 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from confined import child, confine, needs_admin
+from confined import child, confine, confined_session, needs_admin
 from serving import memory_session
-from xen9p import auth, codec, sandbox, server, worker, zygote
+from xen9p import auth, codec, sandbox, worker, zygote
 from xen9p.client import Client
-from xen9p.dataplane import DataPlane
 from xen9p.errors import Xen9pError
-from xen9p.transport.memory import MemoryRing, MemoryRingTransport
 from xen9p.transport.stream_client import SocketTransport
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -163,26 +160,6 @@ def test_what_the_kernel_says_about_a_worker(export: Path) -> None:
     assert sorted(line.split()[4] for line in mounts) == ["/", "/export", "/proc"]
     assert all({"nosuid", "nodev", "noexec"} <= set(line.split()[5].split(",")) for line in mounts)
     assert ours != theirs
-
-
-@contextmanager
-def confined_session(path: Path, readonly: bool = False) -> Iterator[tuple[Client, int]]:
-    """A client of a confined child that serves a ring, which both have in their memory."""
-    ring = MemoryRing()
-
-    def serve() -> int:
-        worker.prepare_process()
-        root = sandbox.cage(str(path), readonly)
-        device = DataPlane(root, readonly)
-        sandbox.shut(root, readonly)
-        ring.serve_with(device)
-        return int(device.run(server.serve))
-
-    with child(serve) as (_, _result):
-        client, root = Client.connect(MemoryRingTransport(ring))
-        yield client, root
-        client.close()
-    ring.close()
 
 
 @needs_admin

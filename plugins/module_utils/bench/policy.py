@@ -25,6 +25,8 @@ export = "bench-root"
 tag = "root"
 access = "rw"
 attach = "auto"
+checks = "guest"
+special = true
 
 [[rules]]
 guest = "{FILES}"
@@ -32,6 +34,7 @@ export = "bench-ours"
 tag = "ours"
 access = "rw"
 attach = "manual"
+checks = "guest"
 {END}"""
 
 

@@ -19,7 +19,7 @@ def policy_problems(exports: Any, rules: Any, guests: Sequence[str]) -> Iterator
     """Yield what the service would refuse in its policy, and tags that patterns give to one of *guests* twice."""
     if isinstance(rules, list):
         # An option that is not given may be there as None.
-        rules = [{k: v for k, v in r.items() if v is not None} if isinstance(r, dict) else r for r in rules]
+        rules = [_given(rule) for rule in rules]
     try:
         checked = policy.from_document({"version": policy.VERSION, "exports": exports, "rules": rules})
     except PolicyError as error:
@@ -74,6 +74,13 @@ def memory_problems(guests: int, machine: int, dom0: int) -> Iterator[str]:
             f"guests ({guests} MiB), dom0 ({dom0}) and Xen ({XEN_MIB}) need {needed} MiB, the nested host has "
             f"{machine}: set testbed_memory to {needed} or more, or lower guest_memory"
         )
+
+
+def _given(value: Any) -> Any:
+    """Return *value* as TOML would have it: without options that are None, and with keys that are text."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _given(inner) for key, inner in value.items() if inner is not None}
 
 
 def _inside(path: str, store: str) -> tuple[str, ...] | None:

@@ -68,6 +68,18 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("file", nargs="?", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="%(default)s")
     check.add_argument("--no-paths", action="store_true", help="do not look whether the exports' paths exist")
 
+    explain = verbs.add_parser(
+        "explain",
+        help="say what a guest gets and why",
+        description="Go through the policy for one guest, whether it runs or not.",
+    )
+    explain.add_argument("guest", metavar="GUEST", help="its name")
+    explain.add_argument("--uuid", default="", metavar="UUID", help="for the rules that name one")
+    explain.add_argument(
+        "--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s"
+    )
+    explain.add_argument("--json", action="store_true", help="as one JSON object")
+
     _observing(commands)
 
     serve = commands.add_parser(
@@ -224,6 +236,8 @@ def _run(args: argparse.Namespace) -> int:
         case "detach":
             control.ask(control.Detach(args.guest, args.tag), args.runtime_dir)
             print(f"detached {args.tag} from {args.guest}")
+        case "policy" if args.verb == "explain":
+            return _explain(args)
         case "policy":
             rules = policy.load(args.file, check_paths=not args.no_paths)
             print(f"{args.file}: {len(rules.exports)} exports, {len(rules.rules)} rules, all well")
@@ -246,6 +260,16 @@ def _run(args: argparse.Namespace) -> int:
             from xen9p.file_commands import run as work_on_files  # noqa: PLC0415
 
             return work_on_files(args)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from xen9p import explain  # noqa: PLC0415
+
+    if args.uuid and not policy.is_uuid(args.uuid):
+        raise Xen9pError(f"{args.uuid!r} is no uuid", "copy it from: xl list -v")
+    found = explain.explain(policy.load(args.policy, check_paths=False), args.guest, args.uuid.lower())
+    print(json.dumps(found, indent=2) if args.json else explain.text(found), flush=True)
     return 0
 
 
@@ -335,6 +359,11 @@ def status_text(answer: dict[str, Any]) -> str:
     if rows:
         lines += ["", *table([_HEAD, *rows], right=6)]
     lines += [f"failed  {d['guest']} {d['tag']}: {d['reason']}" for d in answer["devices"] if d["phase"] == "failed"]
+    lines += [
+        f"pending {d['guest']} {d['tag']}: at its next attach: {d['pending']}"
+        for d in answer["devices"]
+        if d.get("pending")
+    ]
     return "\n".join(lines)
 
 

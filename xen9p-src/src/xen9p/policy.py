@@ -10,6 +10,13 @@ tag = "home"        # default: the export's name
 access = "ro"       # or "rw"; default "ro"
 attach = "auto"     # or "manual"; default "auto"
 frontend = "kernel" # or "user": for xen9p in the guest, not for its kernel; default "kernel"
+checks = "server"   # or "guest": who checks what a user may do; default "server"
+identity = "as-is"  # or {squash = {uid = 1000, gid = 1000}}, {map = [[0, 100000, 65536]]}; default "as-is"
+groups = "own"      # or "host", or {1000 = [1000, 100]}; default "own"
+special = false     # whether device nodes, FIFOs and sockets may be made; default false
+quota = {bytes = "2G", files = 100000}
+[rules.limits]
+fids = 10000
 """
 
 from __future__ import annotations
@@ -24,7 +31,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
+from xen9p import quota, users
 from xen9p.errors import PolicyError
+from xen9p.quota import Quota, parse_size, size_text
+from xen9p.users import MOST_ID, Identity, Range, Users
 
 DEFAULT_PATH: Final = Path("/etc/xen9p/policy.toml")
 VERSION: Final = 1
@@ -33,6 +43,10 @@ VERSION: Final = 1
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}")
 _GUEST: Final = re.compile(r"[A-Za-z0-9._*?\[\]!:+@-]{1,255}")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_RULE_KEYS: Final = (
+    "guest", "uuid", "export", "tag", "access", "attach", "frontend",
+    "checks", "identity", "groups", "special", "limits", "quota",
+)  # fmt: skip
 _NAME_HELP: Final = "use 1 to 31 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 
 
@@ -42,6 +56,55 @@ class Export:
 
     name: str
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a guest may use what it gets: what can change while it does."""
+
+    checks: bool = True
+    """Whether the host's kernel checks permissions; else the guest's does."""
+    identity: Identity = field(default_factory=Identity)
+    groups: str = "own"
+    """Where the groups of users come from: "own", "host" or "table"."""
+    table: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """The guest's users and their groups, in its numbers."""
+    special: bool = False
+    limits: tuple[tuple[str, int], ...] = ()
+    """By the data plane's names; what is not there is as the data plane has it."""
+
+    def users(self) -> Users:
+        """For a worker; looks into the host's passwd and group if the groups come from there."""
+        groups: users.Groups = ()
+        if self.checks and self.groups == "host":
+            groups = users.of_host(self.identity)
+        elif self.checks:
+            groups = users.listed(self.identity, dict(self.table))
+        return Users(self.identity, self.checks, self.special, groups)
+
+
+# What a rule calls a limit, and what the data plane does.
+LIMITS: Final = {
+    "fids": "max_fids",
+    "requests": "max_queued",
+    "bytes_in_flight": "max_bytes",
+    "operations_per_second": "ops_per_second",
+    "bytes_per_second": "bytes_per_second",
+}
+_LEAST: Final = {
+    "fids": 16,
+    "requests": 4,
+    "bytes_in_flight": 1 << 20,
+    "operations_per_second": 1,
+    "bytes_per_second": 4096,
+}
+_MOST: Final = {
+    "fids": 1 << 18,
+    "requests": 4096,
+    "bytes_in_flight": 1 << 31,
+    "operations_per_second": 10**9,
+    "bytes_per_second": 1 << 40,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +118,10 @@ class Rule:
     readonly: bool
     auto: bool
     frontend: str = "kernel"
+    terms: Terms = field(default_factory=Terms)
+    quota: Quota = field(default_factory=Quota)
+    number: int = 0
+    """Its place in the file, from 1."""
 
     def matches(self, guest_name: str, uuid: str) -> bool:
         """Whether the rule speaks of this guest."""
@@ -79,6 +146,23 @@ class Grant:
     auto: bool
     frontend: str = "kernel"
     """Who serves the guest's end: "kernel" (v9fs) or "user" (our own client)."""
+    terms: Terms = field(default_factory=Terms)
+
+    def later(self, now: Grant | None) -> str:
+        """What of a device made by this grant another one changes at its next attach only, in words; "" for nothing."""
+        if now is None:
+            return "no rule gives it any more"
+        changes = [
+            f"{name} {there}"
+            for name, here, there in (
+                ("export", self.export, now.export),
+                ("path", self.path, now.path),
+                ("access", *("ro" if g.readonly else "rw" for g in (self, now))),
+                ("frontend", self.frontend, now.frontend),
+            )
+            if here != there
+        ]
+        return ", ".join(changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +175,21 @@ class Policy:
 
     def resolve(self, guest_name: str, uuid: str) -> list[Grant]:
         """Every grant for a guest in the order of the rules; where tags repeat, the first rule wins."""
-        grants: dict[str, Grant] = {}
-        for rule in self.rules:
-            if rule.matches(guest_name, uuid) and rule.tag not in grants:
-                path = self.exports[rule.export].path
-                grants[rule.tag] = Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, rule.frontend)
-        return list(grants.values())
+        return [self.grant(rule) for rule, winner in self.matching(guest_name, uuid) if rule is winner]
+
+    def matching(self, guest_name: str, uuid: str) -> list[tuple[Rule, Rule]]:
+        """Every rule that speaks of a guest, and the one that has its tag: itself, or an earlier one."""
+        winners: dict[str, Rule] = {}
+        return [(rule, winners.setdefault(rule.tag, rule)) for rule in self.rules if rule.matches(guest_name, uuid)]
+
+    def grant(self, rule: Rule) -> Grant:
+        """What a rule gives."""
+        path = self.exports[rule.export].path
+        return Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, rule.frontend, rule.terms)
+
+    def quotas(self) -> dict[Path, Quota]:
+        """How much each directory may hold, of those that have a quota."""
+        return {self.exports[rule.export].path: rule.quota for rule in self.rules if rule.quota != Quota()}
 
 
 def load(path: Path = DEFAULT_PATH, *, check_paths: bool) -> Policy:
@@ -117,7 +210,7 @@ def load(path: Path = DEFAULT_PATH, *, check_paths: bool) -> Policy:
         raise PolicyError(f"{path} cannot be read: {error.strerror}", "run as root") from None
     policy = parse(text, str(path))
     if check_paths:
-        _raise(str(path), missing_paths(policy))
+        _raise(str(path), missing_paths(policy) or quota.problems(policy.quotas()))
     return policy
 
 
@@ -156,6 +249,11 @@ def path_problems(export: Export) -> list[str]:
     return []
 
 
+def is_uuid(text: str) -> bool:
+    """Whether a text is written as a uuid is."""
+    return _UUID.fullmatch(text.lower()) is not None
+
+
 def _raise(source: str, problems: Iterable[str]) -> None:
     lines = [f"{source}: {' '.join(p.split())}" for p in problems]
     if lines:
@@ -182,6 +280,7 @@ class _Parser:
         exports = self._exports(document.get("exports", {}))
         rules = self._rules(document.get("rules", []), exports)
         self._duplicates(rules)
+        self._quotas(rules, exports)
         return Policy(exports, tuple(rules), source)
 
     def _exports(self, tables: object) -> dict[str, Export]:
@@ -224,7 +323,7 @@ class _Parser:
             self.problems.append(f"{where} is not a table (write [[rules]])")
             return None
         before = len(self.problems)
-        self._known(table, where, ("guest", "uuid", "export", "tag", "access", "attach", "frontend"))
+        self._known(table, where, _RULE_KEYS)
         guest, uuid = self._subject(table, where)
         export = self._string(table, "export", where)
         if export is not None and export not in exports:
@@ -236,9 +335,160 @@ class _Parser:
         access = self._choice(table, "access", where, ("ro", "rw"))
         attach = self._choice(table, "attach", where, ("auto", "manual"))
         frontend = self._choice(table, "frontend", where, ("kernel", "user"))
+        terms = self._terms(table, where)
+        most = self._quota(table, where)
         if len(self.problems) > before or export is None or tag is None:
             return None
-        return Rule(guest, uuid, export, tag, access == "ro", attach == "auto", frontend)
+        return Rule(guest, uuid, export, tag, access == "ro", attach == "auto", frontend, terms, most, number)
+
+    # How it may be used.
+
+    def _terms(self, table: dict[str, Any], where: str) -> Terms:
+        checks = self._choice(table, "checks", where, ("server", "guest")) == "server"
+        before = len(self.problems)
+        identity = self._identity(table.get("identity", "as-is"), where)
+        if len(self.problems) == before and checks and identity.squash == "all" and identity.uid == 0:
+            self.problems.append(f"{where}: identity makes root of every user (name a uid that is not 0)")
+        groups, listed = self._groups(table.get("groups", "own"), where)
+        if groups != "own" and not checks:
+            self.problems.append(f'{where}: groups have no use with checks = "guest" (leave one of them out)')
+        special = table.get("special", False)
+        if not isinstance(special, bool):
+            self.problems.append(f"{where}: special is {special!r} (write true or false)")
+        return Terms(checks, identity, groups, listed, special is True, self._limits(table, where))
+
+    def _identity(self, value: object, where: str) -> Identity:
+        if value == "as-is":
+            return Identity()
+        match value:
+            case {"squash": dict(squash), **rest} if not rest:
+                return self._squash(squash, f"{where}: identity.squash")
+            case {"map": both, **rest} if not rest:
+                ranges = self._ranges(both, f"{where}: identity.map")
+                return Identity(uids=ranges, gids=ranges)
+            case {"uids": uids, "gids": gids, **rest} if not rest:
+                return Identity(
+                    uids=self._ranges(uids, f"{where}: identity.uids"),
+                    gids=self._ranges(gids, f"{where}: identity.gids"),
+                )
+        self.problems.append(
+            f'{where}: identity is {value!r} (write "as-is", {{squash = {{uid = U, gid = G}}}}, '
+            "{map = [[GUEST, HOST, COUNT]]} or {uids = [...], gids = [...]})"
+        )
+        return Identity()
+
+    def _squash(self, table: dict[str, Any], where: str) -> Identity:
+        for key in table:
+            if key not in ("uid", "gid", "who"):
+                self.problems.append(f'{where}: unknown key "{key}" (known here: uid, gid, who)')
+        who = self._choice(table, "who", where, ("all", "root"))
+        uid, gid = (self._integer(table.get(key), f"{where}.{key}", 0, MOST_ID) for key in ("uid", "gid"))
+        return Identity(who, uid, gid)
+
+    def _ranges(self, value: object, where: str) -> tuple[Range, ...]:
+        form = "write lists of three numbers: [first in the guest, first on the host, how many]"
+        if not isinstance(value, list) or not 1 <= len(value) <= users.MOST_RANGES:
+            self.problems.append(f"{where} is {value!r:.60} ({form}, 1 to {users.MOST_RANGES} of them)")
+            return ()
+        ranges: list[Range] = []
+        for one in value:
+            if not isinstance(one, list) or len(one) != 3 or not all(type(n) is int for n in one):
+                self.problems.append(f"{where} has {one!r:.60} ({form})")
+                return ()
+            guest, host, count = one
+            if min(guest, host) < 0 or count < 1 or max(guest, host) + count - 1 > MOST_ID:
+                self.problems.append(f"{where} has {one} (numbers are from 0 to {MOST_ID}, and at least one)")
+                return ()
+            for other in ranges:
+                for side, name in ((0, "guest's"), (1, "host's")):
+                    if one[side] < other[side] + other[2] and other[side] < one[side] + count:
+                        self.problems.append(
+                            f"{where}: {list(other)} and {one} share some of the {name} numbers (keep them apart)"
+                        )
+                        return ()
+            ranges.append((guest, host, count))
+        return tuple(ranges)
+
+    def _groups(self, value: object, where: str) -> tuple[str, tuple[tuple[int, tuple[int, ...]], ...]]:
+        if value in ("own", "host"):
+            return str(value), ()
+        if not isinstance(value, dict):
+            self.problems.append(f'{where}: groups is {value!r} (write "own", "host" or {{UID = [GID, ...]}})')
+            return "own", ()
+        found: dict[int, tuple[int, ...]] = {}
+        for user, gids in value.items():
+            good = isinstance(gids, list) and all(type(n) is int and 0 <= n <= MOST_ID for n in gids)
+            if not str(user).isdigit() or int(user) > MOST_ID:
+                self.problems.append(f'{where}: groups has a user "{user}" (write the number that it has in the guest)')
+            elif not good or not 1 <= len(gids) <= users.MOST_GROUPS:
+                self.problems.append(
+                    f"{where}: groups of user {user} are {gids!r:.60} (write 1 to {users.MOST_GROUPS} numbers, its own "
+                    "group first)"
+                )
+            else:
+                found[int(user)] = tuple(gids)
+        if sum(1 + len(gids) for gids in found.values()) > users.MOST_NUMBERS:
+            self.problems.append(f"{where}: groups has too many numbers (list at most {users.MOST_NUMBERS})")
+        return "table", tuple(sorted(found.items()))
+
+    def _limits(self, table: dict[str, Any], where: str) -> tuple[tuple[str, int], ...]:
+        limits = table.get("limits", {})
+        if not isinstance(limits, dict):
+            self.problems.append(f"{where}: limits is {limits!r} (write [rules.limits] and below it fids = ...)")
+            return ()
+        self._known(limits, f"{where}: limits", tuple(LIMITS))
+        found = []
+        for name, ours in LIMITS.items():
+            if name in limits:
+                value, least, most = limits[name], _LEAST[name], _MOST[name]
+                if name.startswith("bytes"):
+                    found.append((ours, self._size(value, f"{where}: limits.{name}", least, most)))
+                else:
+                    found.append((ours, self._integer(value, f"{where}: limits.{name}", least, most)))
+        return tuple(found)
+
+    def _quota(self, table: dict[str, Any], where: str) -> Quota:
+        given = table.get("quota", {})
+        if not isinstance(given, dict) or ("quota" in table and not given):
+            self.problems.append(f'{where}: quota is {given!r} (write {{bytes = "2G"}} or {{files = 10000}} or both)')
+            return Quota()
+        self._known(given, f"{where}: quota", ("bytes", "files"))
+        most = (1 << 63) - 1
+        return Quota(
+            self._size(given["bytes"], f"{where}: quota.bytes", 1 << 20, most) if "bytes" in given else 0,
+            self._integer(given["files"], f"{where}: quota.files", 16, most) if "files" in given else 0,
+        )
+
+    def _quotas(self, rules: list[Rule], exports: dict[str, Export]) -> None:
+        """A directory has one quota, by whichever rules it is given."""
+        first: dict[Path, Rule] = {}
+        for rule in rules:
+            if rule.quota == Quota():
+                continue
+            before = first.setdefault(exports[rule.export].path, rule)
+            if before.quota != rule.quota:
+                self.problems.append(
+                    f"rule {rule.number}: quota of {rule.quota} for {exports[rule.export].path}, of which rule "
+                    f"{before.number} says {before.quota} (it is the directory's, for all its guests together: say the "
+                    "same in both)"
+                )
+
+    def _integer(self, value: object, where: str, least: int, most: int) -> int:
+        if type(value) is not int or not least <= value <= most:
+            said = "missing" if value is None else repr(value)
+            self.problems.append(f"{where} is {said} (write a number from {least} to {most})")
+            return least
+        return value
+
+    def _size(self, value: object, where: str, least: int, most: int) -> int:
+        size = parse_size(value)
+        if size is None or not least <= size <= most:
+            self.problems.append(
+                f'{where} is {value!r} (write bytes as a number or like "2G", from {size_text(least)} to '
+                f"{size_text(most)})"
+            )
+            return least
+        return size
 
     def _subject(self, table: dict[str, Any], where: str) -> tuple[str | None, str | None]:
         if ("guest" in table) == ("uuid" in table):

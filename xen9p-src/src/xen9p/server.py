@@ -17,7 +17,7 @@ from typing import Any
 from xen9p import codec
 from xen9p.auth import Authenticator
 from xen9p.codec import Message
-from xen9p.dataplane import DataPlane, Fid, Request, fd_path, identity, link_fd
+from xen9p.dataplane import DataPlane, Fid, Request, fd_path, link_fd
 from xen9p.errors import ProtocolError
 
 LOG = logging.getLogger(__name__)
@@ -86,11 +86,6 @@ def _made(directory: int, name: bytes) -> Iterator[int]:
         os.close(fd)
 
 
-def _qid_of(device: DataPlane, directory: int, name: bytes) -> codec.Qid:
-    with _made(directory, name) as fd:
-        return device.qid(fd)
-
-
 def _attach(device: DataPlane, msg: codec.Tattach) -> Message:
     if device.authenticator is not None:
         _check_key(device, device.authenticator, msg)
@@ -131,11 +126,12 @@ def _auth(device: DataPlane, msg: codec.Tauth) -> Message:
 
 def _mkdir(device: DataPlane, msg: codec.Tmkdir) -> Message:
     name = check_name(msg.name)
-    with device.fid(msg.dfid) as parent, identity(parent.uid, msg.gid):
+    with device.fid(msg.dfid) as parent, device.making(parent.uid, msg.gid) as made:
         os.mkdir(name, msg.mode & 0o7777, dir_fd=_directory(parent))
         with _made(parent.path_fd, name) as fd:
             if msg.mode & 0o6000:  # mkdir(2) drops the set-id bits
                 os.chmod(fd_path(fd), msg.mode & 0o7777)
+            made(fd)
             return codec.Rmkdir(device.qid(fd))
 
 
@@ -145,23 +141,29 @@ def _symlink(device: DataPlane, msg: codec.Tsymlink) -> Message:
         raise _fail(errno.ENAMETOOLONG)
     if not msg.target or b"\0" in msg.target:
         raise _fail(errno.EINVAL)
-    with device.fid(msg.fid) as parent, identity(parent.uid, msg.gid):
+    with device.fid(msg.fid) as parent, device.making(parent.uid, msg.gid) as made:
         os.symlink(msg.target, name, dir_fd=_directory(parent))
-        return codec.Rsymlink(_qid_of(device, parent.path_fd, name))
+        with _made(parent.path_fd, name) as fd:
+            made(fd)
+            return codec.Rsymlink(device.qid(fd))
 
 
 def _mknod(device: DataPlane, msg: codec.Tmknod) -> Message:
     name = check_name(msg.name)
     if msg.mode > 0o177777 or msg.major > 0xFFF or msg.minor > 0xFFFFF:
         raise _fail(errno.EINVAL)
-    with device.fid(msg.dfid) as parent, identity(parent.uid, msg.gid):
+    if stat.S_IFMT(msg.mode) not in (0, stat.S_IFREG) and not device.users.special:
+        raise _fail(errno.EPERM)
+    with device.fid(msg.dfid) as parent, device.making(parent.uid, msg.gid) as made:
         os.mknod(name, msg.mode, os.makedev(msg.major, msg.minor), dir_fd=_directory(parent))
-        return codec.Rmknod(_qid_of(device, parent.path_fd, name))
+        with _made(parent.path_fd, name) as fd:
+            made(fd)
+            return codec.Rmknod(device.qid(fd))
 
 
 def _link(device: DataPlane, msg: codec.Tlink) -> Message:
     name = check_name(msg.name)
-    with device.fid(msg.dfid) as parent, device.fid(msg.fid) as target:
+    with device.fid(msg.dfid) as parent, device.fid(msg.fid) as target, device.acting(parent.uid):
         link_fd(target.path_fd, _directory(parent), name)
     return codec.Rlink()
 
@@ -172,6 +174,7 @@ def _rename(device: DataPlane, msg: codec.Trename) -> Message:
         device.fid(msg.fid) as target,
         device.fid(msg.dfid) as parent,
         device.located(target.path_fd) as (old, old_name),
+        device.acting(target.uid),
     ):
         os.rename(old_name, name, src_dir_fd=old, dst_dir_fd=_directory(parent))
     return codec.Rrename()
@@ -179,7 +182,7 @@ def _rename(device: DataPlane, msg: codec.Trename) -> Message:
 
 def _renameat(device: DataPlane, msg: codec.Trenameat) -> Message:
     old_name, new_name = check_name(msg.oldname), check_name(msg.newname)
-    with device.fid(msg.olddirfid) as old, device.fid(msg.newdirfid) as new:
+    with device.fid(msg.olddirfid) as old, device.fid(msg.newdirfid) as new, device.acting(old.uid):
         os.rename(old_name, new_name, src_dir_fd=_directory(old), dst_dir_fd=_directory(new))
     return codec.Rrenameat()
 
@@ -195,7 +198,7 @@ def _unlinkat(device: DataPlane, msg: codec.Tunlinkat) -> Message:
     if msg.flags & ~AT_REMOVEDIR:
         raise _fail(errno.EINVAL)
     name = check_name(msg.name)
-    with device.fid(msg.dirfid) as parent:
+    with device.fid(msg.dirfid) as parent, device.acting(parent.uid):
         _unlink(_directory(parent), name, bool(msg.flags & AT_REMOVEDIR))
     return codec.Runlinkat()
 
@@ -204,7 +207,7 @@ def _remove(device: DataPlane, msg: codec.Tremove) -> Message:
     try:
         with device.fid(msg.fid) as target:
             _writable(device)
-            with device.located(target.path_fd) as (directory, name):
+            with device.located(target.path_fd) as (directory, name), device.acting(target.uid):
                 _unlink(directory, name, target.format == stat.S_IFDIR)
     finally:
         device.clunk(msg.fid)  # whether it worked or not, says remove(5)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from xen9p import __version__, device, journal, policy, workers, xenbus
+from xen9p import __version__, device, journal, policy, quota, workers, xenbus
 from xen9p.budget import Budget
 from xen9p.control import (
     Answer,
@@ -46,6 +46,7 @@ COST_REBUILD: Final = 10.0
 STATS_TIMEOUT: Final = 2.0
 RECONNECT: Final = 2.0
 _STATS: Final = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued")
+_TERMS: Final = ("users", "limits")
 _DOMAINS: Final = ("@introduceDomain", "@releaseDomain")
 
 
@@ -58,6 +59,10 @@ class Managed:
         self.grant = grant
         self.machine = machine
         self.worker: Worker | None = None
+        self.terms: Object = {}  # as the worker was told
+        self.deaf = False  # its worker is of an earlier version, which knows no terms
+        self.narrowed = False  # by hand
+        self.later = ""  # what the policy says by now and only the next attach brings
         self.dirty = False
         self.timer = 0
         self.waiters: list[Callable[[], None]] = []
@@ -126,6 +131,7 @@ class Supervisor:
         self.guests: dict[int, Guest] = {}
         self._watched_fd = -1
         self._resync_timer = 0
+        self._held: dict[Path, tuple[quota.Quota, int, int]] = {}  # quotas that are in force, and of which directory
 
     # XenStore as a whole.
 
@@ -227,7 +233,7 @@ class Supervisor:
         for grant in self.policy.resolve(guest.id.name, guest.id.uuid):
             if not grant.auto or grant.tag in guest.detached or guest.by_tag(grant.tag) is not None:
                 continue
-            problems = policy.path_problems(policy.Export(grant.export, grant.path))
+            problems = self._problems(grant)
             for problem in problems:
                 self._say_once(guest, f"tag={grant.tag} not attached: {problem}")
             if problems:
@@ -236,6 +242,29 @@ class Supervisor:
                 self.attach(guest, grant)
             except NoGuestError:
                 return
+            except PolicyError as error:
+                self._say_once(guest, f"tag={grant.tag} not attached: {error}")
+
+    def _problems(self, grant: Grant) -> list[str]:
+        """What keeps an export from being served now, a line each."""
+        return policy.path_problems(policy.Export(grant.export, grant.path)) or self._hold(grant.path)
+
+    def _hold(self, path: Path) -> list[str]:
+        """Has the filesystem enforce a directory's quota, if it has one; what keeps it from that, a line each."""
+        most = self.policy.quotas().get(path)
+        if most is None:
+            return []
+        try:
+            found = path.stat()
+            if self._held.get(path) != (held := (most, found.st_dev, found.st_ino)):
+                quota.enforce(path, most)
+                self._held[path] = held
+                log.info("quota of %s: %s", path, most)
+        except OSError as error:
+            return [f"quota of {path}: {error.strerror}"]
+        except Xen9pError as error:
+            return [str(error)]
+        return []
 
     def _say_once(self, guest: Guest, text: str) -> None:
         if text not in guest.refused:
@@ -254,6 +283,7 @@ class Supervisor:
         """Makes a new device for a guest and waits for its frontend. NoGuestError if it has gone."""
         devid = guest.new_devid(xenbus.used_devids(self.store, guest.id.domid))
         managed = Managed(guest, devid, grant, Device())
+        managed.terms = _terms(grant)
         xenbus.create(self.store, guest.id, devid, grant)
         guest.devices[devid] = managed
         managed.say("info", f"attached export={grant.export} access={_access(grant)} path={grant.path}")
@@ -367,6 +397,7 @@ class Supervisor:
             return
         if managed.machine.phase is not Phase.WAITING or self.guests.get(guest.id.domid) is not guest:
             return
+        self._renew(managed)
         old, domid = managed.devid, guest.id.domid
         new = guest.new_devid(xenbus.used_devids(self.store, domid))
         self._unwatch(managed)
@@ -398,6 +429,48 @@ class Supervisor:
         managed.say("info", "removed")
         for waiter in managed.waiters:
             waiter()
+
+    # What the policy says about devices that are there.
+
+    def _now(self, managed: Managed) -> Grant | None:
+        """What the policy gives for a device's tag now, as far as it was not narrowed by hand."""
+        who = managed.owner.id
+        grants = self.policy.resolve(who.name, who.uuid)
+        now = next((grant for grant in grants if grant.tag == managed.grant.tag), None)
+        return dataclasses.replace(now, readonly=True) if now and managed.narrowed else now
+
+    def _settle(self, managed: Managed) -> None:
+        """Has a device's worker take the terms of the policy as it is now; says what cannot change under a mount."""
+        now, was = self._now(managed), managed.grant
+        if now is not None and (now.export, now.path) == (was.export, was.path):
+            try:
+                terms = _terms(now)
+            except PolicyError as error:
+                managed.say("error", f"keeps its terms: {error}")
+                terms = managed.terms
+            managed.grant = dataclasses.replace(was, terms=now.terms)
+            if terms != managed.terms:
+                managed.terms = terms
+                if managed.worker is not None and not managed.deaf:
+                    managed.worker.settle(terms)
+                    managed.say("info", "takes the policy's new terms")
+        later = was.later(now)
+        if managed.deaf:
+            later += (", " if later else "") + "its terms (the worker is of an earlier version)"
+        if later and later != managed.later:
+            managed.say("warning", f"stays as it is until its next attach; then: {later}")
+        managed.later = later
+        for problem in self._hold(was.path):
+            managed.say("error", problem)
+
+    def _renew(self, managed: Managed) -> None:
+        """A device that is made anew is made by the policy of now; without a rule as it was."""
+        now = self._now(managed)
+        problems = self._problems(now) if now else []
+        for problem in problems:
+            managed.say("error", f"is made anew as it was: {problem}")
+        if now is not None and not problems:
+            managed.grant, managed.terms, managed.later = now, _terms(now), ""
 
     # Workers.
 
@@ -444,6 +517,7 @@ class Supervisor:
         if managed.worker is not None:
             return managed.worker
         who, grant = managed.owner.id, managed.grant
+        managed.deaf = False
         worker = self._new_worker(managed)
         request: Object = {
             "domid": who.domid,
@@ -454,6 +528,7 @@ class Supervisor:
             "export": grant.export,
             "path": str(grant.path),
             "readonly": grant.readonly,
+            **managed.terms,
             "socket": str(workers.socket_path(self.runtime, who.domid, managed.devid)),
         }
         self.zygote.spawn(worker, request)
@@ -508,6 +583,10 @@ class Supervisor:
         machine = Device(phase, published, rings)
         machine.reason = left.failed
         managed = Managed(guest, left.devid, left.grant, machine)
+        # Of a worker that is gone nobody knows; then what is safest, until _settle() finds a rule.
+        managed.deaf = found is not None and not found.hello.keys() >= set(_TERMS)
+        known = found is not None and not managed.deaf
+        managed.terms = {name: found.hello[name] for name in _TERMS} if found and known else _terms(left.grant)
         guest.devices[left.devid] = managed
         if found is not None:
             managed.say("info", f"taken over worker={found.pid}")
@@ -517,6 +596,7 @@ class Supervisor:
                 machine.adopted()
             if phase is Phase.STARTING and not worker.has_rings and not problem:
                 worker.map(_plain(rings))
+        self._settle(managed)
         if problem and not (managed.worker and managed.worker.has_rings):
             self._perform(managed, machine.violation(problem))
         elif phase is Phase.STARTING and found is None:
@@ -562,13 +642,26 @@ class Supervisor:
         log.info("policy reloaded: %d rules", len(self.policy.rules))
         for problem in policy.missing_paths(self.policy):
             log.warning("policy: %s", problem)
+        self._release(old)
         for guest in list(self.guests.values()):
             guest.refused.clear()
             # What somebody took away stays away, unless the policy says something new about it.
             before = old.resolve(guest.id.name, guest.id.uuid)
             after = self.policy.resolve(guest.id.name, guest.id.uuid)
             guest.detached -= {grant.tag for grant in after if grant not in before}
+            for managed in list(guest.devices.values()):
+                self._settle(managed)
             self.give(guest)
+
+    def _release(self, old: Policy) -> None:
+        """Takes quotas away that the policy no longer has; all others are set again."""
+        self._held.clear()
+        for path in old.quotas().keys() - self.policy.quotas().keys():
+            try:
+                quota.enforce(path, quota.Quota())
+                log.info("quota of %s: none any more", path)
+            except Xen9pError as error:
+                log.warning("%s", error)
 
     def _named(self, name: str) -> Guest:
         found = [g for g in self.guests.values() if g.id.name == name or g.id.uuid == name.lower()]
@@ -590,16 +683,17 @@ class Supervisor:
         grant = next((g for g in grants if guest.by_tag(g.tag) is None), grants[0])
         if request.readonly:
             grant = dataclasses.replace(grant, readonly=True)
-        for problem in policy.path_problems(policy.Export(grant.export, grant.path)):
+        for problem in self._problems(grant):
             raise ControlError(problem)
 
         def attach() -> None:
             guest.detached.discard(grant.tag)
             try:
                 made = self.attach(guest, grant)
-            except NoGuestError as error:
+            except (NoGuestError, PolicyError) as error:
                 answer(refusal(error))
                 return
+            made.narrowed = request.readonly
             answer({"ok": True, "domid": guest.id.domid, "devid": made.devid, "tag": grant.tag})
 
         old = guest.by_tag(grant.tag)
@@ -700,6 +794,11 @@ def _plain(rings: tuple[device.Ring, ...]) -> list[Object]:
     return [{"ref": r.ref, "port": r.port} for r in rings]
 
 
+def _terms(grant: Grant) -> Object:
+    """What a worker is told of a grant's terms. PolicyError if the host's groups are too many."""
+    return {"users": grant.terms.users().plain(), "limits": dict(grant.terms.limits)}
+
+
 def _access(grant: Grant) -> str:
     return "ro" if grant.readonly else "rw"
 
@@ -716,6 +815,8 @@ def _device_status(managed: Managed) -> Object:
         "path": str(grant.path),
         "access": _access(grant),
         "frontend_kind": grant.frontend,
+        "checks": "server" if grant.terms.checks else "guest",
+        "pending": managed.later,
         "state": XenbusState.named(machine.published).lower(),
         "frontend": XenbusState.named(machine.frontend).lower() if known else str(machine.frontend),
         "phase": machine.phase.value,

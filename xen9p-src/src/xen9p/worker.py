@@ -30,12 +30,15 @@ from typing import Any
 from xen9p import auth, journal, sandbox, server, tracer
 from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
 from xen9p.errors import Xen9pError, describe
+from xen9p.users import Users, from_plain
 
 LOG = logging.getLogger(__name__)
 SEND_TIMEOUT = struct.pack("ll", 2, 0)
 MOST_FIDS = 1 << 18
 RESERVED_FDS = 128  # for what is no fid: rings, sockets, the export
 HELLO_FIELDS = ("domid", "devid", "guest", "uuid", "tag", "export", "readonly")
+TERMS = ("users", "limits")
+"""What of a request may change while the device serves."""
 PR_SET_NAME = 15
 LAST_WORDS = 2.0  # seconds that a worker waits for somebody to tell why it failed
 
@@ -90,6 +93,7 @@ class Worker:
         self.request = request
         self.listener = listener
         self.device: DataPlane | None = None
+        self._made: DataPlane | None = None  # the same from its making on, before it serves
         self._clients: list[socket.socket] = []
         self._lock = threading.Lock()  # of everything below, and of the device's life
         self._told = threading.Condition(self._lock)
@@ -112,6 +116,7 @@ class Worker:
             device = self._open()
         except Xen9pError as error:
             failure = error
+        self._made = device
         # Not before: a thread that runs already would stay outside the walls.
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         if device is None:
@@ -132,7 +137,7 @@ class Worker:
         verdict = device.run(server.serve)
         reason = device.reason
         with self._lock:  # nobody asks for statistics meanwhile
-            self.device = None
+            self.device = self._made = None
         for thread in list(self._tracers):  # each looks once more and leaves
             thread.join()
         device.close()
@@ -147,7 +152,8 @@ class Worker:
         authenticator = auth.Authenticator(auth.load(Path(keys))) if keys else None
         root = sandbox.cage(self.request["path"], readonly)
         self._limits = limits(self.request.get("limits"))
-        device = DataPlane(root, readonly, self._limits, authenticator)
+        users = from_plain(self.request["users"]) if "users" in self.request else None
+        device = DataPlane(root, readonly, self._limits, authenticator, users)
         try:
             device.open_xen()
             missing = sandbox.shut(root, readonly)
@@ -179,6 +185,8 @@ class Worker:
             for ring in rings:
                 device.add_xen_ring(self.request["domid"], ring["ref"], ring["port"])
         except Xen9pError:
+            with self._lock:
+                self._made = None
             device.close()
             raise
 
@@ -186,9 +194,9 @@ class Worker:
 
     def _hello(self) -> dict[str, Any]:
         state = "serving" if self._ready else "prepared" if self._rings is None else "starting"
-        return {"event": "hello", "pid": os.getpid(), "state": state} | {
-            name: self.request[name] for name in HELLO_FIELDS
-        }
+        said = {name: self.request[name] for name in HELLO_FIELDS}
+        terms = {"users": Users().plain(), "limits": {}} | {n: self.request[n] for n in TERMS if n in self.request}
+        return {"event": "hello", "pid": os.getpid(), "state": state} | said | terms
 
     def _listen(self) -> None:
         while True:
@@ -244,6 +252,8 @@ class Worker:
                     if self._rings is None:
                         self._rings = order["rings"]
                         self._told.notify_all()
+                case "settle" if self._made:
+                    self._send(client, {"event": "settled", "problem": self._settle(self._made, order)})
                 case "stop":
                     self._stopping = True
                     self._told.notify_all()
@@ -255,6 +265,18 @@ class Worker:
                     self._send(client, {"event": "stats"} | dict(self.device.stats()))
                 case "metrics" if self.device:
                     self._send(client, {"event": "metrics"} | seen(self.device))
+
+    def _settle(self, device: DataPlane, order: Mapping[str, Any]) -> str:
+        """Other terms from now on; what keeps them from being taken, in words."""
+        try:
+            users, wanted = from_plain(order["users"]), limits(order["limits"])
+            device.set_users(users)
+        except (Xen9pError, KeyError, TypeError, ValueError) as error:
+            return str(error) or type(error).__name__
+        self._limits = wanted
+        device.set_limits(wanted)
+        self.request = {**self.request, **{name: order[name] for name in TERMS}}
+        return ""
 
     def _limit(self, wanted: Any) -> None:
         """Puts new limits into force: all of them, what is not named gets its default. Bad ones change nothing."""

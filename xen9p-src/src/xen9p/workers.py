@@ -101,6 +101,10 @@ class Worker:
         self._timers.append(self._loop.after(READY_TIMEOUT, self._late))
         self._ask({"do": "map", "rings": list(rings)})
 
+    def settle(self, terms: Object) -> None:
+        """Tells it other terms: "users" and "limits", as in the request that started it."""
+        self._ask({"do": "settle", **terms})
+
     def stop(self) -> None:
         """Asks it to drain and end."""
         self._ask({"do": "stop"})
@@ -171,6 +175,9 @@ class Worker:
         elif kind == "metrics":
             self.detail = {k: v for k, v in event.items() if k != "event"}
             self._answered("metrics")
+        elif kind == "settled":
+            if problem := event.get("problem"):
+                log.error("worker pid=%s keeps its terms: %s", self.pid, f"{problem}"[:300])
         elif kind in ("failed", "ended", "hangup", "stopped"):
             self._last = str(kind)
             self._reason = str(event.get("reason", ""))[:300]

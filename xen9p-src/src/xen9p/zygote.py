@@ -21,7 +21,7 @@ from typing import Any, Final
 from xen9p import journal
 from xen9p.errors import Xen9pError
 
-MAX_PACKET: Final = 65536
+MAX_PACKET: Final = 1 << 17
 
 Request = dict[str, Any]
 WorkerMain = Callable[[Request, socket.socket], int]

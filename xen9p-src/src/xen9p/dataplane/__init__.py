@@ -22,6 +22,7 @@ from xen9p._dataplane import ffi, lib
 from xen9p.codec import Qid
 from xen9p.errors import Xen9pError
 from xen9p.histogram import BUCKETS, GROUPS, STAGES
+from xen9p.users import Range, Users
 
 if TYPE_CHECKING:
     from xen9p.auth import Authenticator
@@ -31,6 +32,7 @@ MAX_MSIZE = 1 << 20
 MAX_RATE = 10**12
 """Most that a rate may be, operations or bytes a second."""
 _QID = struct.Struct("<BIQ")
+_SQUASH = {"": 0, "root": lib.X9_SQUASH_ROOT, "all": lib.X9_SQUASH_ALL}
 _STATS = (
     "requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued",
     "bytes", "throttled", "throttled_us",
@@ -125,6 +127,7 @@ class DataPlane:
 
     Args:
         authenticator: of this peer alone; without one it is known already, and need not prove who it is.
+        users: what the peer's users are and may; without, they are as they say and their kernel checks.
 
     Raises:
         Xen9pError: out of memory, or root_fd is not usable.
@@ -136,6 +139,7 @@ class DataPlane:
         readonly: bool,
         limits: Limits | None = None,
         authenticator: Authenticator | None = None,
+        users: Users | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.authenticator = authenticator
@@ -159,6 +163,13 @@ class DataPlane:
             raise Xen9pError("cannot make a device", hint="out of memory or file descriptors")
         self._keep: list[Any] = []
         self._trace_buffer: Any = None
+        self.users = Users()
+        if users is not None:
+            try:
+                self.set_users(users)
+            except Xen9pError:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Frees everything; only after run() has returned."""
@@ -167,6 +178,39 @@ class DataPlane:
             self._dev = None
             self._keep.clear()
             os.close(self.root_fd)
+
+    def set_users(self, users: Users) -> None:
+        """What the guest's users are and may, from now on; also those that are attached, and what they have open stays
+        open.
+
+        Raises:
+            Xen9pError: they are to be checked, and this process may not act as others.
+        """
+        who = users.identity
+        words = [word for uid, gids in users.groups for word in (uid, len(gids), *gids)]
+        keep = [_ranges(who.uids), _ranges(who.gids), ffi.new("uint32_t[]", words)]
+        given = ffi.new(
+            "x9_users *",
+            {
+                "checks": users.checks,
+                "squash": _SQUASH[who.squash],
+                "squash_uid": who.uid,
+                "squash_gid": who.gid,
+                "mapped": bool(who.uids),
+                "nuids": len(who.uids),
+                "ngids": len(who.gids),
+                "ngroups": len(words),
+                "uids": keep[0],
+                "gids": keep[1],
+                "groups": keep[2],
+            },
+        )
+        err = lib.x9_dev_set_users(self._dev, given)
+        if err == errno.EPERM:
+            raise Xen9pError("cannot act as the guest's users", "run it as root, or with checks by the guest", err)
+        if err:
+            raise Xen9pError(f"cannot take the guest's users: {os.strerror(err)}", errno=err)
+        self.users = users
 
     # Links.
 
@@ -236,6 +280,7 @@ class DataPlane:
     def set_limits(self, limits: Limits) -> None:
         """Changes what can be changed while it serves; threads, spin_us and timing stay. Callable from any thread."""
         lib.x9_dev_set_limits(self._dev, ffi.new("x9_limits *", limits.in_c()))
+        self.limits = limits
 
     def reply(self, request: Request, message: bytes) -> None:
         """Sends the reply of a cold request; ends the request."""
@@ -288,6 +333,31 @@ class DataPlane:
     def clunk(self, num: int) -> None:
         """Gives a fid back. Raises OSError, EBADF."""
         _raise(lib.x9_fid_clunk(self._dev, num))
+
+    @contextmanager
+    def acting(self, uid: int) -> Iterator[None]:
+        """This thread has the rights of a user of the guest's, by the guest's number.
+
+        Raises:
+            OSError: EPERM, the process may not.
+        """
+        _raise(lib.x9_act_as(self._dev, uid))
+        yield
+
+    @contextmanager
+    def making(self, uid: int, gid: int) -> Iterator[Callable[[int], None]]:
+        """What this thread makes belongs to a user and a group of the guest's, by the guest's numbers, as far as they
+        may. What is given is a function to be called with a descriptor of what was made.
+
+        Raises:
+            OSError: EOVERFLOW, one of them has no number on the host.
+        """
+        give = ffi.new("uint32_t *")
+        _raise(lib.x9_act_to_make(self._dev, uid, gid, give))
+        try:
+            yield lambda fd: _raise(lib.x9_give_group(fd, give[0]))
+        finally:
+            lib.x9_act_done(self._dev)
 
     def qid(self, fd: int) -> Qid:
         """The qid of the file behind a descriptor."""
@@ -402,22 +472,16 @@ def fd_path(fd: int) -> bytes:
 
 
 def link_fd(fd: int, directory: int, name: bytes) -> None:
-    """linkat(2) of an open file (AT_EMPTY_PATH, needs CAP_DAC_READ_SEARCH)."""
+    """linkat(2) of an open file."""
     _raise(lib.x9_link_fd(fd, directory, name))
 
 
-@contextmanager
-def identity(uid: int, gid: int) -> Iterator[None]:
-    """Files made in this thread belong to uid and gid (setfsuid(2), setfsgid(2))."""
-    lib.x9_identity(uid, gid)
-    try:
-        yield
-    finally:
-        lib.x9_identity(0, 0)
+def _ranges(ranges: tuple[Range, ...]) -> Any:
+    return ffi.new("x9_range[]", list(ranges))
 
 
 def keep_capabilities() -> None:
-    """Lets identity() change owners only: the worker's rights stay. Call before any thread starts."""
+    """Has a change of user change no capabilities by itself. Call before any thread starts."""
     _raise(lib.x9_keep_capabilities())
 
 

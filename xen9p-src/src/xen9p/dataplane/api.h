@@ -45,6 +45,27 @@ typedef struct x9_config {
 #define X9_PROTOCOL 2 /* the peer broke the protocol; x9_dev_reason says how */
 #define X9_SYSTEM 3   /* a system call failed; x9_dev_reason says which */
 
+#define X9_NOID 0xffffffffu
+#define X9_SQUASH_ROOT 1
+#define X9_SQUASH_ALL 2
+
+/* count numbers from guest on are the host's from host on. */
+typedef struct x9_range {
+    uint32_t guest, host, count;
+} x9_range;
+
+/* What the guest's users are here, and may. */
+typedef struct x9_users {
+    int checks;     /* the host's kernel checks what they may; 0: the guest's has done so */
+
+    int squash;     /* 0, X9_SQUASH_ROOT, X9_SQUASH_ALL: who is squash_uid and squash_gid */
+    uint32_t squash_uid, squash_gid;
+    int mapped;     /* numbers go through these ranges, and what is in none is nobody; 0: as they are */
+    uint32_t nuids, ngids, ngroups;
+    const x9_range *uids, *gids;
+    const uint32_t *groups; /* ngroups words: uid, count, gids of which the first is its own; the host's, uids ascending */
+} x9_users;
+
 uint32_t x9_spin_us(void);
 x9_dev *x9_dev_new(const x9_config *config);
 void x9_dev_free(x9_dev *dev);
@@ -76,7 +97,13 @@ int x9_qid(x9_dev *dev, int fd, uint8_t *qid13);
 void x9_fd_path(int fd, char *path32);
 int x9_link_fd(int fd, int dir_fd, const char *name);
 int x9_locate(x9_dev *dev, int fd, char *name256);
-void x9_identity(uint32_t uid, uint32_t gid);
+int x9_dev_set_users(x9_dev *dev, const x9_users *users);
+int x9_act_as(x9_dev *dev, uint32_t guest_uid);
+int x9_act_to_make(x9_dev *dev, uint32_t guest_uid, uint32_t guest_gid, uint32_t *give);
+int x9_give_group(int fd, uint32_t gid);
+void x9_act_as_server(void);
+void x9_act_done(x9_dev *dev);
+
 int x9_keep_capabilities(void);
 
 int x9_cage_alone(void);

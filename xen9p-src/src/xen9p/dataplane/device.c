@@ -446,6 +446,7 @@ static void grow_pool(struct x9_dev *dev)
     /* A thread that has been signalled counts as idle until it has the lock; so do those that it is to take. */
     if (dev->nqueued < dev->nidle || dev->npool >= dev->config.pool_threads)
         return;
+    act_as_server(); /* a thread begins with what its maker has */
     pthread_attr_init(&attr);
     pthread_attr_setstacksize(&attr, POOL_STACK);
     if (!pthread_create(&dev->threads[dev->npool], &attr, pool_thread, dev))
@@ -1021,6 +1022,7 @@ void x9_dev_free(x9_dev *dev)
         free(link->stream_buf);
         free(link);
     }
+    users_free(dev);
     obs_free(dev);
     if (dev->fids.buckets)
         fids_free(&dev->fids);

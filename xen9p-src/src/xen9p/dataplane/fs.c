@@ -8,13 +8,10 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
-#include <sys/fsuid.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
-#include <linux/securebits.h>
 
 enum { QT_DIR = 0x80, QT_SYMLINK = 0x02 };
 
@@ -133,6 +130,7 @@ int x9_locate(x9_dev *dev, int fd, char *name256)
     char link[X9_FD_PATH], path[PATH_MAX + 16], root[PATH_MAX + 16];
     struct stat want, got;
 
+    act_as_server(); /* the way there is not the caller's */
     if (is_root(dev, fd))
         return -EBUSY;
     fd_path(link, fd);
@@ -166,25 +164,12 @@ int x9_locate(x9_dev *dev, int fd, char *name256)
 
 int x9_link_fd(int fd, int dir_fd, const char *name)
 {
-    return linkat(fd, "", dir_fd, name, AT_EMPTY_PATH) ? errno : 0;
-}
+    char path[X9_FD_PATH];
 
-/* Who new files belong to. Thread-wide, so by system call and not through glibc's process-wide wrappers. */
-void x9_identity(uint32_t uid, uint32_t gid)
-{
-    static __thread uint32_t now_uid, now_gid;
-
-    if (gid != now_gid)
-        setfsgid(now_gid = gid);
-    if (uid != now_uid)
-        setfsuid(now_uid = uid);
-}
-
-/* Changing the filesystem uid must not take away the capabilities with which the worker serves: what a user of the
- * guest may do, the guest's kernel has decided. Inherited by threads that start later. */
-int x9_keep_capabilities(void)
-{
-    return prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) ? errno : 0;
+    if (!me.bare)
+        return linkat(fd, "", dir_fd, name, AT_EMPTY_PATH) ? errno : 0;
+    fd_path(path, fd); /* AT_EMPTY_PATH takes CAP_DAC_READ_SEARCH */
+    return linkat(AT_FDCWD, path, dir_fd, name, AT_SYMLINK_FOLLOW) ? errno : 0;
 }
 
 /* --- handlers: 0 (reply in call->out after the header), an errno, or X9_* --- */
@@ -220,13 +205,19 @@ static int h_version(struct x9_call *call)
 }
 
 /* The directory above fd, never above the export. Returns an O_PATH descriptor or -errno. */
-static int open_parent(struct x9_dev *dev, int fd)
+static int open_parent(struct x9_dev *dev, int fd, uint32_t uid)
 {
     char name[X9_NAME_MAX + 1];
 
+    /* As for every other name, this takes the right to search the directory. */
+    if (checks_here(dev) && syscall(SYS_faccessat2, fd, "", X_OK, AT_EMPTY_PATH | AT_EACCESS))
+        return -errno;
     if (is_root(dev, fd))
         return open_beneath(fd, ".", O_PATH, 0, 0);
-    return x9_locate(dev, fd, name);
+    int dir = x9_locate(dev, fd, name), err = act_as(dev, uid);
+    if (err && dir >= 0)
+        close(dir);
+    return err ? -err : dir;
 }
 
 static int h_walk(struct x9_call *call)
@@ -251,10 +242,10 @@ static int h_walk(struct x9_call *call)
         fid_put(from);
         return EINVAL;
     }
+    uint32_t uid = from->uid;
     int at = fcntl(from->path_fd, F_DUPFD_CLOEXEC, 0);
     format = from->format;
-    if (at < 0)
-        err = errno;
+    err = at < 0 ? errno : count ? act_as(dev, uid) : 0;
     for (; !err && done < count; done++) {
         int next;
 
@@ -265,7 +256,7 @@ static int h_walk(struct x9_call *call)
             break;
         }
         if (!strcmp(names[done], ".."))
-            next = call->may_block ? open_parent(dev, at) : -EAGAIN;
+            next = call->may_block ? open_parent(dev, at, uid) : -EAGAIN;
         else if (!strcmp(names[done], "."))
             next = -EINVAL;
         else
@@ -279,7 +270,6 @@ static int h_walk(struct x9_call *call)
         if ((err = fs_qid(dev, at, qids + done * 13, &format)))
             break;
     }
-    uint32_t uid = from->uid;
     if (err == EAGAIN && !call->may_block) {
         close(at);
         fid_put(from);
@@ -332,8 +322,8 @@ static int h_getattr(struct x9_call *call)
     put64(p, GETATTR_BASIC | (sx.stx_mask & STATX_BTIME ? GETATTR_BTIME : 0));
     encode_qid(call->dev, dev, sx.stx_ino, sx.stx_mode & S_IFMT, version_of(&mtime, (off_t)sx.stx_size), p + 8);
     put32(p + 21, sx.stx_mode);
-    put32(p + 25, sx.stx_uid);
-    put32(p + 29, sx.stx_gid);
+    put32(p + 25, shown_uid(call->dev, sx.stx_uid));
+    put32(p + 29, shown_gid(call->dev, sx.stx_gid));
     put64(p + 33, sx.stx_nlink);
     put64(p + 41, (uint64_t)gnu_dev_makedev(sx.stx_rdev_major, sx.stx_rdev_minor));
     put64(p + 49, sx.stx_size);
@@ -347,6 +337,18 @@ static int h_getattr(struct x9_call *call)
     put64(p + 137, 0); /* gen */
     put64(p + 145, 0); /* data_version */
     return 0;
+}
+
+/* Who has a file open for writing may change its size, whatever its mode is by now. Returns 0 or an errno. */
+static int resize(const struct x9_dev *dev, const struct x9_fid *fid, const char *path, off_t size)
+{
+    int io = checks_here(dev) ? __atomic_load_n(&fid->io_fd, __ATOMIC_ACQUIRE) : -1;
+
+    if (io >= 0 && !ftruncate(io, size))
+        return 0;
+    if (io >= 0 && errno != EINVAL && errno != EBADF) /* those: it is open for reading */
+        return errno;
+    return truncate(path, size) ? errno : 0;
 }
 
 static int h_setattr(struct x9_call *call)
@@ -370,8 +372,12 @@ static int h_setattr(struct x9_call *call)
     if (!fid)
         return EBADF;
     fd_path(path, fid->path_fd);
-    x9_identity(0, 0);
-    if (valid & (SET_UID | SET_GID))
+    err = act_as(call->dev, fid->uid);
+    if ((valid & SET_UID) && (uid = host_uid(call->dev, uid)) == X9_NOID)
+        err = EINVAL;
+    if ((valid & SET_GID) && (gid = host_gid(call->dev, gid)) == X9_NOID)
+        err = EINVAL;
+    if (!err && (valid & (SET_UID | SET_GID)))
         if (fchownat(fid->path_fd, "", valid & SET_UID ? uid : (uid_t)-1, valid & SET_GID ? gid : (gid_t)-1, AT_EMPTY_PATH))
             err = errno;
     /* After the owner: chown takes the set-user-id bits away. */
@@ -380,7 +386,7 @@ static int h_setattr(struct x9_call *call)
     if (!err && (valid & SET_SIZE))
         err = fid->format != S_IFREG ? (fid->format == S_IFDIR ? EISDIR : EINVAL)
               : size > INT64_MAX     ? EFBIG
-              : truncate(path, (off_t)size) ? errno : 0;
+              : resize(call->dev, fid, path, (off_t)size);
     if (!err && (valid & (SET_ATIME | SET_MTIME))) {
         for (int i = 0; i < 2; i++) {
             bool set = valid & (i ? SET_MTIME : SET_ATIME), value = valid & (i ? SET_MTIME_VALUE : SET_ATIME_VALUE);
@@ -456,7 +462,7 @@ static int h_lopen(struct x9_call *call)
     pthread_mutex_lock(&fid->lock);
     if (fid->io_fd >= 0) {
         err = EINVAL; /* opened already */
-    } else {
+    } else if (!(err = act_as(call->dev, fid->uid))) {
         int io = open_for_io(call, fid->path_fd, fid->format, wire);
         if (io < 0)
             err = io == -EAGAIN && !call->may_block ? X9_LATER : -io;
@@ -487,14 +493,16 @@ static int h_lcreate(struct x9_call *call)
     struct x9_fid *dir = fids_get(&call->dev->fids, num);
     if (!dir)
         return EBADF;
-    int wrong = dir->format != S_IFDIR ? ENOTDIR : dir->io_fd >= 0 ? EINVAL : 0;
+    uint32_t give;
+    int wrong = dir->format != S_IFDIR ? ENOTDIR : dir->io_fd >= 0 ? EINVAL : act_to_make(call->dev, dir->uid, gid, &give);
     if (wrong) {
         fid_put(dir); /* a Tclunk beside us may have made this the last reference */
         return wrong;
     }
-    x9_identity(dir->uid, gid);
     int io = open_beneath(dir->path_fd, name, (uint32_t)open_flags(wire) | O_CREAT | O_EXCL | O_NOCTTY, mode & 07777, 0);
-    x9_identity(0, 0);
+    if (io >= 0 && give != X9_NOID)
+        give_group(io, give); /* if not, it keeps the user's own: no harm done */
+    act_done(call->dev);
     if (io == -EEXIST && !(wire & O_EXCL)) {
         /* It may be a FIFO that somebody put there: look first. */
         uint8_t qid[13];
@@ -697,6 +705,10 @@ static int h_write(struct x9_call *call)
         n = ring_rx_iov(&call->link->ring, call->data_pos, count, iov);
     else
         iov[0] = (struct iovec){(void *)(uintptr_t)(call->msg + X9_WRITE_HEADER), count};
+    if ((err = act_to_write(call->dev, fid->uid))) {
+        fid_put(fid);
+        return err;
+    }
     put = pwritev2(fid->io_fd, iov, n, (off_t)offset, call->may_block || chance ? 0 : RWF_NOWAIT);
     err = put < 0 ? errno : 0;
     if (chance) {

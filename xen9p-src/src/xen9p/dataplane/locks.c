@@ -265,7 +265,8 @@ static int take_lock(struct x9_call *call, bool flagged, struct wish *wish, stru
 }
 
 /* A description of its own for an owner's locks. For writing where the export allows it, whatever the fid was opened for:
- * flock(2), which v9fs turns into such locks, asks for no mode, and fcntl(2)'s rule the guest's kernel has checked. */
+ * flock(2), which v9fs turns into such locks, asks for no mode, and fcntl(2)'s rule the guest's kernel has checked. With the
+ * server's rights: that the caller has the file open has been looked at when it opened it. */
 static int open_for_locks(const struct x9_call *call, const struct x9_fid *fid)
 {
     int wait = call->may_block ? 0 : O_NONBLOCK;
@@ -290,7 +291,7 @@ int h_lock(struct x9_call *call)
     if (!owner && wish.type != UNLOCK) {
         /* Opening may have to wait for a lease: not with the lock. */
         pthread_mutex_unlock(&locks->lock);
-        x9_identity(0, 0);
+        act_as_server();
         fd = open_for_locks(call, fid);
         if (fd < 0) {
             fid_put(fid);

@@ -278,6 +278,8 @@ struct x9_queue {
 
 struct x9_dev {
     struct x9_config config;
+    struct x9_who *who; /* atomic; NULL: as if there were no mapping and no checks */
+    bool act;           /* atomic: threads may have another identity than the server's */
     uint64_t root_dev, root_ino;
     uint32_t msize; /* 0 until Tversion */
     struct x9_fids fids;
@@ -385,6 +387,38 @@ int auth_read(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t coun
 int auth_write(struct x9_call *call, uint32_t num, uint64_t offset, uint32_t count);
 bool auth_takes(const struct x9_call *call);
 void auth_free(struct x9_auth *auth);
+
+/* --- whose rights a thread has (users.c) --- */
+
+struct x9_me {
+    uint32_t uid, gid, groups; /* the host's; groups: whose, X9_NOID for none */
+    uint64_t serial;           /* by which struct x9_who the groups are */
+    bool bare;                 /* without the capabilities that spare checks */
+    bool known;
+};
+extern __thread struct x9_me me;
+
+int act_as_slowly(const struct x9_dev *dev, uint32_t guest_uid);
+int act_to_write(const struct x9_dev *dev, uint32_t guest_uid);
+int act_to_make(const struct x9_dev *dev, uint32_t guest_uid, uint32_t guest_gid, uint32_t *give);
+int give_group(int fd, uint32_t gid);
+void act_as_server(void);
+void act_done(const struct x9_dev *dev);
+bool checks_here(const struct x9_dev *dev);
+uint32_t host_uid(const struct x9_dev *dev, uint32_t uid);
+uint32_t host_gid(const struct x9_dev *dev, uint32_t gid);
+uint32_t shown_uid(const struct x9_dev *dev, uint32_t uid);
+uint32_t shown_gid(const struct x9_dev *dev, uint32_t gid);
+void users_free(struct x9_dev *dev);
+
+/* Takes what rights a user of the guest has for what this thread does next; all of them where the guest's kernel decides.
+ * Returns 0 or an errno. */
+static inline int act_as(const struct x9_dev *dev, uint32_t guest_uid)
+{
+    if (!__atomic_load_n(&dev->act, __ATOMIC_ACQUIRE) && me.known && !me.bare && !me.uid)
+        return 0;
+    return act_as_slowly(dev, guest_uid);
+}
 
 int h_lock(struct x9_call *call);
 int h_getlock(struct x9_call *call);

@@ -32,6 +32,29 @@ static bool is_acl(const char *name)
     return !strcmp(name, "system.posix_acl_access") || !strcmp(name, "system.posix_acl_default");
 }
 
+/* An ACL on the wire and in an xattr (linux/posix_acl_xattr.h): version[4], then tag[2] perm[2] id[4] for each entry. */
+enum { ACL_HEADER = 4, ACL_ENTRY = 8, ACL_ID = 4, ACL_USER = 0x02, ACL_GROUP = 0x08 };
+
+/* Turns the numbers of an ACL's users and groups into the guest's (shown) or the host's. Returns whether all have one. What is
+ * no ACL is left to the kernel to refuse. */
+static bool map_acl(const struct x9_dev *dev, uint8_t *acl, size_t len, bool shown)
+{
+    bool all = true;
+
+    for (size_t at = ACL_HEADER; at + ACL_ENTRY <= len; at += ACL_ENTRY) {
+        uint32_t tag = get16(acl + at), id = get32(acl + at + ACL_ID);
+        if (tag == ACL_USER)
+            id = shown ? shown_uid(dev, id) : host_uid(dev, id);
+        else if (tag == ACL_GROUP)
+            id = shown ? shown_gid(dev, id) : host_gid(dev, id);
+        else
+            continue;
+        all &= id != X9_NOID;
+        put32(acl + at + ACL_ID, id);
+    }
+    return all;
+}
+
 /* Ours, for what the server may come to keep with a file. */
 static bool is_reserved(const char *name) { return begins(name, "user.xen9p."); }
 
@@ -130,13 +153,17 @@ static int snapshot(struct x9_call *call, const struct x9_fid *from, const char 
     char path[X9_FD_PATH], *buf = (char *)call->out, *more = NULL;
 
     fd_path(path, from->path_fd);
-    x9_identity(0, 0);
+    int err = act_as(call->dev, from->uid);
+    if (err)
+        return err;
     ssize_t n = fetch(path, name, buf, sizeof call->out);
     if (n < 0 && errno == ERANGE && (buf = more = malloc(VALUE_MOST)))
         n = fetch(path, name, buf, VALUE_MOST);
     if (n >= 0 && !name[0])
         n = (ssize_t)filter(buf, (size_t)n);
-    int err = n < 0 ? errno : 0;
+    err = n < 0 ? errno : 0;
+    if (!err && is_acl(name))
+        map_acl(call->dev, (uint8_t *)buf, (size_t)n, true);
     struct x9_xattr *xattr = err ? NULL : xattr_new(call->dev, (uint32_t)n);
     if (!err && !xattr)
         err = errno;
@@ -293,12 +320,16 @@ bool xattr_is_to_set(struct x9_dev *dev, uint32_t num)
  * setxattr(2). */
 static int apply(const struct x9_fid *fid)
 {
-    const struct x9_xattr *xattr = fid->xattr;
+    struct x9_xattr *xattr = fid->xattr;
     bool acl = is_acl(xattr->name);
     char path[X9_FD_PATH];
 
     fd_path(path, fid->path_fd);
-    x9_identity(0, 0);
+    int err = act_as(xattr->dev, fid->uid);
+    if (!err && acl && !map_acl(xattr->dev, xattr->value, xattr->size, false))
+        err = EINVAL;
+    if (err)
+        return err;
     if (!xattr->size && (acl || xattr->flags == XATTR_REPLACE))
         return !removexattr(path, xattr->name) || (acl && errno == ENODATA) ? 0 : errno;
     return setxattr(path, xattr->name, xattr->value, xattr->size, acl ? 0 : xattr->flags) ? errno : 0;

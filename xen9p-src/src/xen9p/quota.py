@@ -1,0 +1,156 @@
+"""How much an export's directory may hold: said by the policy, enforced by the filesystem that it lies on.
+
+btrfs: the directory is a subvolume, and its qgroup gets a limit (bytes; btrfs has none for files). ext4 and xfs: the
+directory gets a project, and the project a quota. Debian's own tools do it: btrfs-progs, e2fsprogs, quota.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from xen9p.errors import Xen9pError
+
+SUBVOLUME: Final = 256
+"""The inode of every btrfs subvolume's top, and of nothing else there."""
+PROJECT_KINDS: Final = ("ext4", "xfs")
+TIMEOUT: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """How much an export's directory may hold; 0: as much as there is room for."""
+
+    bytes: int = 0
+    files: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{size_text(self.bytes)} bytes"] if self.bytes else []
+        return " and ".join(parts + ([f"{self.files} files"] if self.files else []))
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """What a directory lies on."""
+
+    kind: str
+    point: Path
+    options: str
+
+
+def mount_of(path: Path) -> Mount:
+    """The mounted filesystem that a directory lies on. Raises OSError, it is missing."""
+    real = path.resolve(strict=True)
+    best = Mount("", Path("/"), "")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        point, kind = Path(_unescape(before.split()[4])), after.split()[0]
+        # The later of two on one place lies over the earlier.
+        if real.is_relative_to(point) and len(point.parts) >= len(best.point.parts):
+            best = Mount(kind, point, after.split()[2])
+    return best
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+def problems(quotas: Mapping[Path, Quota]) -> list[str]:
+    """What keeps quotas from being enforced, as far as it can be seen by looking; a line each."""
+    found = []
+    for path, quota in quotas.items():
+        try:
+            problem = _problem(path, quota)
+        except OSError as error:
+            problem = f"{error.strerror} (create it or correct the path)"
+        if problem:
+            found.append(f"quota of {path}: {problem}")
+    names: dict[int, Path] = {}
+    for path in quotas:
+        other = names.setdefault(project_of(path), path)
+        if other != path:
+            found.append(f"quota of {path}: its project is that of {other} as well (rename one of the directories)")
+    return found
+
+
+def _problem(path: Path, quota: Quota) -> str:
+    kind = mount_of(path).kind
+    if kind == "btrfs":
+        if path.stat().st_ino != SUBVOLUME:
+            return "it is no subvolume (only these have a quota on btrfs: btrfs subvolume create)"
+        if quota.files:
+            return "btrfs cannot limit files (leave files out, or have the export on ext4 or xfs)"
+    elif kind not in PROJECT_KINDS:
+        return f"{kind} has none that could be used (have the export on btrfs, ext4 or xfs)"
+    return ""
+
+
+def enforce(path: Path, quota: Quota) -> None:
+    """Sets a directory's limits; Quota() takes them away. What is there already stays, and counts.
+
+    Raises:
+        Xen9pError: one line, with the remedy.
+    """
+    try:
+        problem = _problem(path, quota)
+        mount = mount_of(path)
+    except OSError as error:
+        raise Xen9pError(f"quota of {path}: {error.strerror}", "create it or correct the path") from None
+    if problem:
+        raise Xen9pError(f"quota of {path}: {problem}")
+    if mount.kind == "btrfs":
+        limit = str(quota.bytes) if quota.bytes else "none"
+        remedy = f"if quotas are off there: btrfs quota enable {mount.point}"
+        _run(path, ["btrfs", "qgroup", "limit", limit, str(path)], remedy)
+        return
+    number = str(project_of(path))
+    remedy = f"mount {mount.point} with prjquota" + (
+        "; ext4 takes tune2fs -O project,quota before" if mount.kind == "ext4" else ""
+    )
+    _run(path, ["chattr", "-R", "-f", "+P", "-p", number, str(path)], remedy, may_fail=True)  # special files have none
+    # setquota counts in KiB; 0 is none. Soft limits are not used.
+    limits = ["0", str(-(-quota.bytes // 1024)), "0", str(quota.files)]
+    _run(path, ["setquota", "-P", number, *limits, str(mount.point)], remedy)
+
+
+def project_of(path: Path) -> int:
+    """The number of a directory's project: always the same, and far from those that people choose."""
+    return zlib.crc32(os.fsencode(path)) & 0x3FFFFFFF | 1 << 30
+
+
+def _run(path: Path, command: Iterable[str], remedy: str, *, may_fail: bool = False) -> None:
+    command = list(command)
+    try:
+        done = subprocess.run(
+            command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT
+        )
+    except FileNotFoundError:
+        package = {"setquota": "quota", "btrfs": "btrfs-progs", "chattr": "e2fsprogs"}[command[0]]
+        raise Xen9pError(f"quota of {path}: {command[0]} is missing", f"install {package}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Xen9pError(f"quota of {path}: {command[0]}: {error}") from None
+    if done.returncode and not may_fail:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise Xen9pError(f"quota of {path}: {said}", remedy)
+
+
+def parse_size(value: object) -> int | None:
+    """Bytes in 4096, "4096", "64K", "1.5G" and the like (powers of 1024); None for what is none."""
+    if type(value) is int:
+        return value
+    found = re.fullmatch(r"(\d{1,19}(?:\.\d{1,6})?)([KMGTP]?)(?:i?B)?", value) if isinstance(value, str) else None
+    return int(float(found[1]) * 1024 ** " KMGTP".index(found[2] or " ")) if found else None
+
+
+def size_text(size: int) -> str:
+    """Bytes as parse_size() takes them, exactly."""
+    for power, unit in reversed(list(enumerate("KMGTP", 1))):
+        if size >= 1024**power and size % 1024**power == 0:
+            return f"{size // 1024**power}{unit}"
+    return str(size)

@@ -1,0 +1,186 @@
+"""Quotas on real filesystems: btrfs and ext4 on loop devices. Who is over one is refused, and nobody else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from confined import confined_session, has_capability
+from xen9p import policy, quota
+from xen9p.client import Client
+from xen9p.errors import PolicyError, Xen9pError
+from xen9p.quota import Quota
+
+MIB = 1 << 20
+pytestmark = [
+    pytest.mark.skipif(not has_capability(21), reason="mounting takes CAP_SYS_ADMIN"),
+    pytest.mark.skipif(not Path("/dev/loop-control").exists(), reason="there are no loop devices"),
+]
+
+
+@contextmanager
+def mounted(folder: Path, make: list[str], options: str, tools: tuple[str, ...]) -> Iterator[Path]:
+    """A new filesystem in a file, mounted."""
+    missing = [
+        tool for tool in (*tools, make[0]) if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+    ]
+    if missing:
+        pytest.skip(f"{missing[0]} is not installed")
+    image, point = folder / "image", folder / "point"
+    with image.open("wb") as file:
+        file.truncate(500 * MIB)
+    point.mkdir()
+    subprocess.run([*make, str(image)], check=True, capture_output=True)
+    done = subprocess.run(["mount", "-o", f"loop,{options}", image, point], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield point
+    finally:
+        subprocess.run(["umount", point], check=True)
+
+
+@pytest.fixture
+def btrfs(tmp_path: Path) -> Iterator[Path]:
+    with mounted(tmp_path, ["mkfs.btrfs", "-q"], "noatime", ("btrfs",)) as point:
+        yield point
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Iterator[Path]:
+    with mounted(
+        tmp_path, ["mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota"], "prjquota", ("setquota",)
+    ) as point:
+        yield point
+
+
+def fill(client: Client, root: int, name: bytes, mib: int) -> int:
+    """Writes so much and has it on the disk; the errno that stopped it, or 0."""
+    try:
+        client.write_file(root, name, os.urandom(MIB) * mib)
+        with client.walked(root, name) as fid:
+            client.lopen(fid, os.O_RDWR)
+            client.fsync(fid)
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def subvolume(path: Path) -> Path:
+    subprocess.run(["btrfs", "subvolume", "create", str(path)], check=True, capture_output=True)
+    return path
+
+
+def test_btrfs(btrfs: Path) -> None:
+    """A guest that fills its export gets EDQUOT; its neighbour on the same filesystem does not notice."""
+    small, other = subvolume(btrfs / "small"), subvolume(btrfs / "other")
+    subprocess.run(["btrfs", "quota", "enable", str(btrfs)], check=True)
+    quota.enforce(small, Quota(16 * MIB))
+    with confined_session(small) as (mine, mine_root), confined_session(other) as (theirs, theirs_root):
+        assert fill(mine, mine_root, b"a", 8) == 0
+        assert fill(mine, mine_root, b"b", 16) == errno.EDQUOT
+        assert fill(theirs, theirs_root, b"a", 40) == 0
+        quota.enforce(small, Quota(64 * MIB))  # under its feet
+        assert fill(mine, mine_root, b"c", 16) == 0
+        quota.enforce(small, Quota())
+        assert fill(mine, mine_root, b"d", 50) == 0
+
+
+def test_btrfs_without_quotas_says_what_to_do(btrfs: Path) -> None:
+    small = subvolume(btrfs / "small")
+    with pytest.raises(Xen9pError, match=f"if quotas are off there: btrfs quota enable {btrfs}") as caught:
+        quota.enforce(small, Quota(16 * MIB))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_btrfs_cannot_do_is_said_by_policy_check(btrfs: Path, tmp_path: Path) -> None:
+    plain = btrfs / "plain"
+    plain.mkdir()
+    small = subvolume(btrfs / "small")
+    assert quota.problems({small: Quota(16 * MIB)}) == []
+    file = tmp_path / "policy.toml"
+    for path, most, line in (
+        (plain, 'bytes = "16M"', "it is no subvolume"),
+        (small, "files = 1000", "btrfs cannot limit files"),
+    ):
+        file.write_text(
+            f'version = 1\n[exports.e]\npath = "{path}"\n[[rules]]\nguest = "g"\nexport = "e"\nquota = {{{most}}}\n'
+        )
+        policy.load(file, check_paths=False)  # no reason for the service not to start
+        with pytest.raises(PolicyError, match=line):
+            policy.load(file, check_paths=True)
+
+
+def test_ext4(ext4: Path) -> None:
+    """Bytes and files, of what was there before too; and the guest's df shows the quota."""
+    small, other = ext4 / "small", ext4 / "other"
+    (small / "d").mkdir(parents=True)
+    (small / "d" / "before").write_bytes(b"x" * MIB)
+    os.mkfifo(small / "fifo")
+    other.mkdir()
+    quota.enforce(small, Quota(16 * MIB, 24))
+    with confined_session(small) as (mine, root), confined_session(other) as (theirs, theirs_root):
+        shown = mine.statfs(root)
+        assert (shown.blocks * shown.bsize, shown.files) == (16 * MIB, 24)
+        assert fill(mine, root, b"a", 8) == 0
+        assert fill(mine, root, b"b", 16) in (errno.EDQUOT, errno.ENOSPC)
+        made = 0
+        with suppress(OSError):
+            for made in range(100):
+                mine.mkdir(root, f"{made}".encode())
+        assert 10 < made < 24
+        assert fill(theirs, theirs_root, b"a", 40) == 0
+        for i in range(30):
+            theirs.mkdir(theirs_root, f"{i}".encode())
+        quota.enforce(small, Quota())
+        mine.mkdir(root, b"one more")
+
+
+def test_a_filesystem_that_has_none(tmp_path: Path) -> None:
+    point = tmp_path / "tmpfs"
+    point.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", point], check=True)
+    try:
+        line = f"quota of {point}: tmpfs has none that could be used (have the export on btrfs, ext4 or xfs)"
+        assert quota.problems({point: Quota(MIB)}) == [line]
+        with pytest.raises(Xen9pError) as caught:
+            quota.enforce(point, Quota(MIB))
+        assert str(caught.value) == line
+    finally:
+        subprocess.run(["umount", point], check=True)
+
+
+def test_a_directory_that_is_missing(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    assert quota.problems({gone: Quota(MIB)}) == [
+        f"quota of {gone}: No such file or directory (create it or correct the path)"
+    ]
+    with pytest.raises(Xen9pError, match="create it or correct the path"):
+        quota.enforce(gone, Quota(MIB))
+
+
+def test_a_tool_that_is_missing(btrfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = subvolume(btrfs / "small")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Xen9pError, match=r"btrfs is missing \(install btrfs-progs\)"):
+        quota.enforce(small, Quota(MIB))
+
+
+def test_the_mount_of_a_path_with_odd_names(tmp_path: Path) -> None:
+    point = tmp_path / "a b\\040c"
+    point.mkdir()
+    assert quota.mount_of(point).point != point
+    subprocess.run(["mount", "-t", "tmpfs", "none", point], check=True)
+    try:
+        (point / "d").mkdir()
+        assert quota.mount_of(point / "d").point == point
+        assert quota.mount_of(point / "d").kind == "tmpfs"
+    finally:
+        subprocess.run(["umount", point], check=True)

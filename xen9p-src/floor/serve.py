@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import cffi
 
@@ -73,7 +73,7 @@ class Floor:
     """
 
     def __init__(self, library: Path, size: int, files: int, spin_us: int | None = None) -> None:
-        self.ffi: Any = cffi.FFI()
+        self.ffi = cast(Any, cffi.FFI())
         self.ffi.cdef(DECLARATIONS)
         self.lib: Any = self.ffi.dlopen(str(library))
         self._keep: list[Any] = []

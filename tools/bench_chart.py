@@ -12,21 +12,28 @@ ROOM = 170  # to the right of the longest bar, for its figures
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #222 }
 .quiet { fill: #666 } .head { font-weight: 600 }
-.ours { fill: #0b7a75 } .theirs { fill: #c9772b } .block { fill: #8a8fa3 } .spread { stroke: #222; stroke-width: 1.5 }
+.ours { fill: #0b7a75 } .cached { fill: #4d9f8f } .fuse { fill: #8fc1b5 } .theirs { fill: #c9772b }
+.block { fill: #8a8fa3 } .qdisk { fill: #b3a0b8 } .floor { fill: #c9b458 } .line { fill: none; stroke-width: 2 }
+.spread { stroke: #222; stroke-width: 1.5 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6e6e6 } .quiet { fill: #a8a8a8 } .spread { stroke: #e6e6e6 }
-  .ours { fill: #35b5ae } .theirs { fill: #e09a56 } .block { fill: #9aa0b8 }
+  .ours { fill: #35b5ae } .cached { fill: #2b8a80 } .fuse { fill: #1f6560 } .theirs { fill: #e09a56 }
+  .block { fill: #9aa0b8 } .qdisk { fill: #8d7793 } .floor { fill: #a8943c }
 }
 """
 
 
-def chart(title: str, groups: Sequence[tuple[str, Result]]) -> str:
-    """Return the SVG: for each labelled result a bar a side (median seconds), with its quartiles and ratio."""
+def chart(title: str, groups: Sequence[tuple[str, Result]], own_scale: bool = False) -> str:
+    """Return the SVG: for each labelled result a bar a side (median seconds), with its quartiles and ratio.
+
+    With *own_scale* the longest bar of each result is as long as there is room.
+    """
     longest = max(spread.high for _, found in groups for spread in found.sides.values())
-    scale = (WIDTH - LABEL - ROOM) / max(spread.q3 for _, found in groups for spread in found.sides.values())
+    most = max(spread.q3 for _, found in groups for spread in found.sides.values())
     parts = [f'<text class="head" x="0" y="16">{escape(title)}</text>']
     y = TOP
     for label, found in groups:
+        scale = (WIDTH - LABEL - ROOM) / (max(spread.q3 for spread in found.sides.values()) if own_scale else most)
         parts.append(f'<text class="head" x="0" y="{y - 6}">{escape(label)}</text>')
         for side, spread in found.sides.items():
             end = LABEL + spread.median * scale
@@ -40,12 +47,12 @@ def chart(title: str, groups: Sequence[tuple[str, Result]]) -> str:
                 f'<line class="spread" x1="{LABEL + spread.q1 * scale:.1f}" x2="{LABEL + spread.q3 * scale:.1f}" '
                 f'y1="{middle}" y2="{middle}"/>',
                 f'<text x="{max(end, LABEL + spread.q3 * scale) + 6:.1f}" y="{middle + 4.5}">'
-                f"{figure(spread.median)} s{ratio}</text>",
+                f"{seconds(spread.median)}{ratio}</text>",
             ]
             y += BAR
         y += GAP + 14
     height = y - 8
-    summary = f"{title}; the longest sample took {figure(longest)} s"
+    summary = f"{title}; the longest sample took {seconds(longest)}"
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
@@ -53,6 +60,13 @@ def chart(title: str, groups: Sequence[tuple[str, Result]]) -> str:
     )
 
 
-def figure(seconds: float) -> str:
+def seconds(value: float) -> str:
+    """Return a time with its unit: s, or what is finer where seconds would be 0.00."""
+    if value >= 0.02:
+        return f"{figure(value)} s"
+    return f"{value * 1e3:.2f} ms" if value >= 0.0005 else f"{value * 1e6:.0f} µs"
+
+
+def figure(value: float) -> str:
     """Return seconds with as many digits as they are worth."""
-    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"

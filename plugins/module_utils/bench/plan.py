@@ -51,7 +51,7 @@ def sections(given: Settings, access: str, size: str, suffix: str) -> list[dict[
                     "bs": SIZES[size],
                     "jobs": jobs,
                     "file": f"{access}-{len(found)}",
-                    "area": (given.file_mib << 20) // jobs,
+                    "area": max(SIZES[size], (given.file_mib << 20) // jobs),
                     "bytes": max(SIZES[size], bytes_ // jobs),
                 }
             )

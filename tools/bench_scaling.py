@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,43 +45,70 @@ SCALES = {"fids": "open fids", "entries": "entries of the directory", "devices":
 SPARE_FDS = 512
 
 
+class Zygote:
+    """Forks servers, as xen9pd's does: itself it never changes, so what a server has for itself alone is its own."""
+
+    def __init__(self, most: int) -> None:
+        self.rings = [MemoryRing() for _ in range(most)]
+        self._free = list(range(most))
+        self._asked, self._answered = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+                self._fork_servers()
+            finally:
+                os._exit(0)
+
+    def _fork_servers(self) -> None:
+        os.close(self._asked[1])
+        with os.fdopen(self._asked[0]) as asked:
+            for line in asked:
+                number, fids, folder = line.rstrip("\n").split(" ", 2)
+                pid = os.fork()
+                if pid == 0:
+                    device = DataPlane(os.open(folder, os.O_RDONLY), False, Limits(max_fids=int(fids), spin_us=200))
+                    self.rings[int(number)].serve_with(device)
+                    device.run(server.serve)
+                    os._exit(0)
+                os.write(self._answered[1], b"%d\n" % pid)
+
+    def start(self, folder: Path, fids: int) -> tuple[int, int]:
+        """A server of *folder* that takes up to *fids* fids: its pid, and which ring is its."""
+        number = self._free.pop(0)
+        os.write(self._asked[1], f"{number} {fids} {folder}\n".encode())
+        return int(os.read(self._answered[0], 20)), number
+
+    def close(self) -> None:
+        """End it; its servers have been ended before."""
+        os.close(self._asked[1])
+        os.waitpid(self.pid, 0)
+
+
 @dataclass
 class Server:
     """A process that serves one directory over a ring in memory, and the client that asks it."""
 
     pid: int
-    ring: MemoryRing
     client: Client
     root: int
     file: int = 0
-    samples: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, folder: Path, fids: int = 1024) -> Server:
-        """Fork a server of *folder* that takes up to *fids* fids."""
-        ring = MemoryRing()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                device = DataPlane(os.open(folder, os.O_RDONLY), False, Limits(max_fids=fids, spin_us=200))
-                ring.serve_with(device)
-                device.run(server.serve)
-            finally:
-                os._exit(1)
-        client, root = Client.connect(MemoryRingTransport(ring))
-        return cls(pid, ring, client, root)
+    def start(cls, zygote: Zygote, folder: Path, fids: int = 1024) -> Server:
+        """Start a server of *folder* that takes up to *fids* fids."""
+        pid, number = zygote.start(folder, fids)
+        client, root = Client.connect(MemoryRingTransport(zygote.rings[number]))
+        return cls(pid, client, root)
 
     def stop(self) -> None:
         """End it."""
         os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
 
     def kib(self) -> int:
-        """Its proportional share of memory."""
-        for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1])
-        return 0
+        """Memory that is this process's alone."""
+        rows = Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines()
+        return sum(int(row.split()[1]) for row in rows if row.startswith(("Private_Clean:", "Private_Dirty:")))
 
     def cpu(self) -> float:
         """Seconds of processor time that its threads have had."""
@@ -90,9 +117,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, fids: int = 1024) -> Iterator[Server]:
+def serving(zygote: Zygote, folder: Path, fids: int = 1024) -> Iterator[Server]:
     """A server for as long as it is wanted."""
-    one = Server.start(folder, fids)
+    one = Server.start(zygote, folder, fids)
     try:
         yield one
     finally:
@@ -161,33 +188,37 @@ def take_turns(points: dict[int, dict[str, Callable[[], object]]], rounds: int, 
     return samples
 
 
-def scale_fids(folder: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
+def scale_fids(zygote: Zygote, folder: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
     """One server a size, with so many fids open beside those that are used."""
     with ExitStack() as stack:
         servers = {}
         for size in sizes:
             print(f"    {size} fids", flush=True)
-            one = stack.enter_context(serving(folder, size + SPARE_FDS))
+            one = stack.enter_context(serving(zygote, folder, size + SPARE_FDS))
             opened(one)
             before = one.kib()
             for _ in range(size):
                 one.client.walk(one.root, b"f1")
             servers[size] = (one, before)
-        points = {size: ask(one, names_of(1000)) for size, (one, _) in servers.items()}
+        points = {size: ask(one, names_of(len(os.listdir(folder)))) for size, (one, _) in servers.items()}
         samples = take_turns(points, rounds, "fids")
         memory = [{"size": size, "kib": one.kib() - before} for size, (one, before) in servers.items()]
     return {"samples": samples, "memory": memory}
 
 
-def scale_entries(parent: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
+def scale_entries(zygote: Zygote, parent: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
     """One server a size of directory; it lists the whole of it once, too, and what that leaves in its memory counts."""
     with ExitStack() as stack:
         points, memory = {}, []
         for size in sizes:
             print(f"    a directory of {size}", flush=True)
-            one = stack.enter_context(serving(folder_of(parent, size)))
+            one = stack.enter_context(serving(zygote, folder_of(parent, size)))
             opened(one)
             timed(ask(one, names_of(size))["walk"])
+            one.client.mkdir(one.root, b"small", 0o755)
+            for _ in range(20):
+                one.client.listdir(one.root, b"small")
+            os.rmdir(parent / f"entries-{size}" / "small")
             before, began = one.kib(), time.perf_counter()
             listed = len(one.client.listdir(one.root, b""))
             spent = time.perf_counter() - began
@@ -198,21 +229,21 @@ def scale_entries(parent: Path, sizes: list[int], rounds: int) -> dict[str, Any]
         return {"samples": take_turns(points, rounds, "entries"), "memory": memory}
 
 
-def scale_devices(folder: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
+def scale_devices(zygote: Zygote, folder: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
     """One busy device, and more and more that wait, and then fewer again: each a process, as workers are."""
     samples: list[dict[str, Any]] = []
     kib: dict[int, int] = {}
     cpu: dict[int, float] = dict.fromkeys(sizes, 0.0)
     idle: list[Server] = []
-    with serving(folder) as busy:
+    with serving(zygote, folder) as busy:
         opened(busy)
-        operations = ask(busy, names_of(1000))
+        operations = ask(busy, names_of(len(os.listdir(folder))))
         try:
             for way in (sizes, sizes[::-1]):
                 for size in way:
                     print(f"    {size} devices", flush=True)
                     while len(idle) < size - 1:
-                        idle.append(Server.start(folder))
+                        idle.append(Server.start(zygote, folder))
                     while len(idle) > size - 1:
                         idle.pop().stop()
                     time.sleep(1)
@@ -276,7 +307,7 @@ def page(run: dict[str, Any]) -> str:
 
 
 COLUMNS = {
-    "kib": "memory more, KiB",
+    "kib": "memory that it took, KiB",
     "us_an_entry": "listing, µs an entry",
     "kib_each": "memory of an idle one, KiB",
     "idle_cpu": "processor time of all idle ones meanwhile, s",
@@ -321,8 +352,10 @@ def main() -> int:
     if not fids:
         print("bench_scaling: too few open files are allowed: raise it with ulimit -n", file=sys.stderr)
         return 1
-    if fids[-1] < given.most:
-        print(f"no more than {possible} open files are allowed here: up to {fids[-1]} fids are measured")
+    if possible < given.most:
+        if (most := possible // 1000 * 1000) > fids[-1]:
+            fids.append(most)
+        print(f"no more open files are allowed here: up to {fids[-1]} fids are measured")
     worker.prepare_process()
     run: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -330,13 +363,15 @@ def main() -> int:
         "processors": os.cpu_count(),
         "rounds": given.rounds,
     }
+    zygote = Zygote(len(FIDS) + 1 + len(ENTRIES) + 2 * DEVICES[-1])
     with tempfile.TemporaryDirectory(prefix="xen9p-scaling-") as temporary:
         parent = Path(temporary)
         (parent / "plain").mkdir()
         plain = folder_of(parent / "plain", 1000)
-        run["fids"] = scale_fids(plain, fids, given.rounds)
-        run["entries"] = scale_entries(parent, [size for size in ENTRIES if size <= given.most], given.rounds)
-        run["devices"] = scale_devices(plain, [size for size in DEVICES if size <= given.most], given.rounds)
+        run["fids"] = scale_fids(zygote, plain, fids, given.rounds)
+        run["entries"] = scale_entries(zygote, parent, [size for size in ENTRIES if size <= given.most], given.rounds)
+        run["devices"] = scale_devices(zygote, plain, [size for size in DEVICES if size <= given.most], given.rounds)
+    zygote.close()
     given.results.parent.mkdir(parents=True, exist_ok=True)
     given.results.write_text(json.dumps(run, indent=1) + "\n")
     for scale, title in SCALES.items():

@@ -23,7 +23,8 @@ import bench_stats
 from modules import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
-content, cost, plan, policy = (shipped(f"bench.{name}") for name in ("content", "cost", "plan", "policy"))
+content, cost, host = (shipped(f"bench.{name}") for name in ("content", "cost", "host"))
+plan, policy = shipped("bench.plan"), shipped("bench.policy")
 settings, sides = shipped("bench.settings"), shipped("bench.sides")
 SVG = "{http://www.w3.org/2000/svg}"
 EVERY = [side.name for side in sides.SIDES]
@@ -82,6 +83,8 @@ def test_the_turns_differ_from_group_to_group_and_from_round_to_round() -> None:
 
 def test_groups_can_be_chosen() -> None:
     assert [group.name for group in plan.groups(given(groups=["create", "stat"]))] == ["create", "stat"]
+    with pytest.raises(host.BenchError, match="bench_groups has erase, which is none of read-4k-cold, "):
+        plan.groups(given(groups=["erase", "stat"]))
 
 
 # The policy and dom0.

@@ -23,6 +23,7 @@ PATIENCE = 300.0
 
 def add(given: Settings) -> None:
     """Add to the guest's tree what it needs, and make the sides' files; for trees.prepare()."""
+    plan.groups(given)  # refuses a group that does not exist before minutes have gone by
     content.make(given)
     content.bring_tools(given, given.seed / "opt/bench")
     content.install_client(given, given.seed)

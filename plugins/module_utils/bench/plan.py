@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .host import BenchError
 from .settings import Settings
 from .sides import FUSE, Side
 
@@ -86,6 +87,9 @@ def groups(given: Settings) -> list[Group]:
         Group("list-1000", {"do": "list", "folder": "few", "entries": FEW}),
         Group("list-10000-cold", {"do": "list", "folder": "many", "entries": MANY}, cold=True),
     ]
+    known = [group.name for group in found]
+    if unknown := sorted(set(given.groups) - set(known)):
+        raise BenchError(f"bench_groups has {', '.join(unknown)}, which is none of {', '.join(known)}")
     return [group for group in found if not given.groups or group.name in given.groups]
 
 

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,8 +38,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FIDS = (10, 100, 1000, 10_000, 100_000)
 ENTRIES = (10, 100, 1000, 10_000, 100_000)
 DEVICES = (1, 10, 50, 200)
-BURST = 200
-"""Requests that are timed together."""
+BURST, WINDOW = 20, 16
+"""So many times so many requests at once are timed together."""
+PACE = 0.03
+"""Seconds of the same before that: a reader that has been disturbed looks for work again after 20 ms only."""
 OPERATIONS = {"read": "Tread of 4 KiB", "walk": "Twalk and Tclunk", "getattr": "Tgetattr"}
 SCALES = {"fids": "open fids", "entries": "entries of the directory", "devices": "devices, all but one idle"}
 SPARE_FDS = 512
@@ -127,26 +129,52 @@ def serving(zygote: Zygote, folder: Path, fids: int = 1024) -> Iterator[Server]:
 
 
 def ask(one: Server, names: list[bytes]) -> dict[str, Callable[[], object]]:
-    """The operations; *names* are what is walked to, in turn."""
+    """The operations, each WINDOW times at once; *names* are what is walked to, in turn.
+
+    Many at once, so that neither side falls asleep: what is measured is a request's cost and not that of waking up.
+    """
+    reads = encoded(codec.Tread(one.file, 0, 4096) for _ in range(WINDOW))
+    attributes = encoded(codec.Tgetattr(one.file, codec.GETATTR_BASIC) for _ in range(WINDOW))
+    fresh = range(1 << 20, (1 << 20) + WINDOW)
+    clunks = encoded(codec.Tclunk(fid) for fid in fresh)
+    walks = [
+        encoded(codec.Twalk(one.root, fid, (names[(start + fid) % len(names)],)) for fid in fresh)
+        for start in range(0, max(1, len(names) - WINDOW), WINDOW)
+    ]
     turn = [0]
 
     def walk() -> None:
-        turn[0] = (turn[0] + 1) % len(names)
-        one.client.clunk(one.client.walk(one.root, names[turn[0]]))
+        turn[0] = (turn[0] + 1) % len(walks)
+        exchange(one, walks[turn[0]])
+        exchange(one, clunks)
 
-    return {
-        "read": lambda: one.client.rpc(codec.Tread(one.file, 0, 4096)),
-        "walk": walk,
-        "getattr": lambda: one.client.rpc(codec.Tgetattr(one.file, codec.GETATTR_BASIC)),
-    }
+    return {"read": lambda: exchange(one, reads), "walk": walk, "getattr": lambda: exchange(one, attributes)}
+
+
+def encoded(messages: Iterable[codec.Message]) -> list[bytes]:
+    """The messages, each with a tag of its own."""
+    return [codec.encode(message, tag) for tag, message in enumerate(messages)]
+
+
+def exchange(one: Server, messages: list[bytes]) -> None:
+    """Send all, then take all replies."""
+    for data in messages:
+        one.client.send_raw(data)
+    for _ in messages:
+        reply = one.client.recv_raw()
+        if reply[4] != messages[0][4] + 1:
+            raise SystemExit(f"error: a message of type {messages[0][4]} was answered by {codec.decode(reply)[1]}")
 
 
 def timed(operation: Callable[[], object]) -> float:
-    """Microseconds of one operation."""
+    """Microseconds of one of the WINDOW operations, once server and client have found into the pace of it."""
+    until = time.perf_counter() + PACE
+    while time.perf_counter() < until:
+        operation()
     began = time.perf_counter()
     for _ in range(BURST):
         operation()
-    return (time.perf_counter() - began) / BURST * 1e6
+    return (time.perf_counter() - began) / (BURST * WINDOW) * 1e6
 
 
 def opened(one: Server) -> None:
@@ -286,9 +314,8 @@ def page(run: dict[str, Any]) -> str:
         "<!-- Written by tools/bench_scaling.py (`make bench-scaling`): changes are lost. -->",
         "",
         f"Measured {run['date']} on rings in memory, without Xen; Linux {run['kernel']}, {run['processors']}",
-        "processors. Microseconds from a request to its reply, the client's own work (in Python) included: median of "
-        f"{run['rounds']} rounds",
-        f"of {BURST} requests, and the middle half of the rounds.",
+        f"processors. Microseconds of a request with {WINDOW} under way, the client's own work (in Python) included:",
+        f"the median of {run['rounds']} rounds of {BURST * WINDOW} requests, and the middle half of the rounds.",
     ]
     for scale, title in SCALES.items():
         found = points_of(run, scale)
@@ -300,9 +327,11 @@ def page(run: dict[str, Any]) -> str:
         ]
         text += [f"| ---: |{' ---: |' * (len(found) + len(keys))}"]
         for size in memory:
-            cells = [f"{one[size].median:.1f} ({one[size].q1:.1f} to {one[size].q3:.1f})" for one in found.values()]
+            cells = [f"{one[size].median:.2f} ({one[size].q1:.2f} to {one[size].q3:.2f})" for one in found.values()]
             text.append(f"| {size:,} | {' | '.join([*cells, *(f'{memory[size][key]:,}' for key in keys)])} |")
         text += ["", *(f"- {line}" for line in growth(found))]
+        if scale == "fids" and run.get("limit"):
+            text.append(f"- Up to 100,000 are measured where so many files may be open; here it was {run['limit']:,}.")
     return "\n".join([*text, ""])
 
 
@@ -352,16 +381,19 @@ def main() -> int:
     if not fids:
         print("bench_scaling: too few open files are allowed: raise it with ulimit -n", file=sys.stderr)
         return 1
+    limit = 0
     if possible < given.most:
         if (most := possible // 1000 * 1000) > fids[-1]:
             fids.append(most)
-        print(f"no more open files are allowed here: up to {fids[-1]} fids are measured")
+        limit = fids[-1]
+        print(f"no more open files are allowed here: up to {limit} fids are measured")
     worker.prepare_process()
     run: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "kernel": platform.release(),
         "processors": os.cpu_count(),
         "rounds": given.rounds,
+        "limit": limit,
     }
     zygote = Zygote(len(FIDS) + 1 + len(ENTRIES) + 2 * DEVICES[-1])
     with tempfile.TemporaryDirectory(prefix="xen9p-scaling-") as temporary:

@@ -374,7 +374,7 @@ def test_scaling_page_and_charts_say_what_was_measured() -> None:
         run[scale] = {"samples": samples, "memory": [{"size": 10, "kib": 5}, {"size": 1000, "kib": 77}]}
     text = bench_scaling.page(run)
     assert "- Twalk and Tclunk: 2.00 times as long with 1,000 as with 10." in text
-    assert "| 1,000 | 20.0 (19.8 to 20.2) |" in text
+    assert "| 1,000 | 20.00 (19.75 to 20.25) |" in text
     for drawing in bench_scaling.charts(run).values():
         assert len(list(ET.fromstring(drawing).iter(f"{SVG}polyline"))) == len(bench_scaling.OPERATIONS)
 

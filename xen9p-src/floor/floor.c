@@ -374,7 +374,7 @@ void floor_run(floor_server *floor)
             spin_found(&spin, floor->spin_us);
             continue;
         }
-        if (!spin_on(&spin, floor->spin_us) && wait_for_events(floor, -1))
+        if (!floor->dev.stop && !spin_on(&spin, floor->spin_us) && wait_for_events(floor, -1))
             break;
     }
 }

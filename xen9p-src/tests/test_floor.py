@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,7 +37,7 @@ def client(library: Path, request: pytest.FixtureRequest) -> Iterator[Client]:
     ring.start_at(request.param)
     floor = Floor(library, SIZE, 3, spin_us=200)
     floor.add_memory_ring(ring.page, ring.data, ring.order, ring.to_back, ring.to_front)
-    thread = threading.Thread(target=floor.run)
+    thread = threading.Thread(target=floor.run, daemon=True)
     thread.start()
     try:
         connected, root = Client.connect(MemoryRingTransport(ring))
@@ -84,8 +85,9 @@ def test_it_ends_when_its_peer_goes(library: Path) -> None:
     ring = MemoryRing()
     floor = Floor(library, SIZE, 1, spin_us=0)
     floor.add_memory_ring(ring.page, ring.data, ring.order, ring.to_back, ring.to_front)
-    thread = threading.Thread(target=floor.run)
+    thread = threading.Thread(target=floor.run, daemon=True)
     thread.start()
+    time.sleep(0.1)  # it waits for events by now
     ring.page[128:132] = bytes(4)
     ring.wake_backend()
     thread.join(10)

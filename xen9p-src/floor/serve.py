@@ -1,8 +1,8 @@
 """The floor as a process in dom0, and how soon a worker is ready: what a benchmark needs there besides xen9p itself.
 
 serve.py serve GUEST TAG: gives the guest a device that the floor serves, until SIGTERM.
-serve.py ready GUEST COUNT: waits for COUNT devices of xen9p and prints, for each, the seconds from the guest's rings
-(state 3) to the backend's 4.
+serve.py ready GUEST COUNT: waits for COUNT devices of xen9p and prints, for each, the seconds from the guest's rings to
+the backend's state 4.
 """
 
 from __future__ import annotations
@@ -208,16 +208,17 @@ def ready(name: str, count: int) -> int:
         store.watch(path, "any")
     print("watching", flush=True)
     deadline = time.monotonic() + PATIENCE
-    state = re.compile(r".*/(\d+)/state")
+    # The guest's own state may have gone on when we read it; its first ring is published once.
+    told = re.compile(r".*/(\d+)/(?:state|ring-ref0)")
     while len(found) < count:
         events = wait_events(store, deadline, f"only {len(found)} of {count} devices of {name} were connected")
         now = time.monotonic()
         for path, _ in events:
-            if not (match := state.fullmatch(path)):
+            if not (match := told.fullmatch(path)):
                 continue
             devid = match[1]
             if path.startswith(fronts):
-                if store.read(path) == "3":
+                if path.endswith("/ring-ref0"):
                     published.setdefault(devid, now)
             elif devid in published and store.read(path) == "4":
                 tag = store.read(f"{xenbus.BACKENDS}/{domid}/{devid}/tag") or devid

@@ -102,6 +102,22 @@ def test_the_policy_gives_each_side_of_ours_a_device() -> None:
     assert policy.without_block(f"before\n{text}") == "before\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "disks", "tagged"),
+    [("bench-9p", 0, False), ("bench-blk", 1, False), ("bench-io", 1, True), ("bench-full", 3, True)],
+)
+def test_each_guest_has_its_disks_and_qemus_tag(name: str, disks: int, tagged: bool) -> None:
+    trees = shipped("bench.trees")
+    text = trees._config(given(address="10.9.0.250", memory=512), name, Path("/boot/x"))
+    assert text.count("target=/s/bench/") == disks
+    assert text.count("backendtype=qdisk") == (1 if name == "bench-full" else 0)
+    assert ("tag=theirs" in text) == tagged
+    # xl's syntax is Python's, as far as this goes.
+    values: dict[str, Any] = {}
+    exec(text, {}, values)
+    assert len(values.get("disk", [])) == disks
+
+
 def test_libraries_of_ldd() -> None:
     printed = (
         "\tlinux-vdso.so.1 (0x00007ffc5b5f6000)\n"

@@ -35,7 +35,7 @@ class Group:
         """Whether this side does it."""
         if side.served == "floor":
             return self.floor
-        # 10,000 entries through a FUSE server in Python are minutes under emulation, and say no more than 1,000 do.
+        # 10,000 entries through a FUSE server in Python would take very long, and say no more than 1,000 do.
         return not (side.how == FUSE and self.name == "list-10000-cold")
 
 

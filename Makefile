@@ -42,6 +42,16 @@ bench-quick: ## our backend and QEMU's side by side, on the lab that stands
 	@tools/bootstrap check
 	@$(PLAYBOOK) playbooks/bench.yml $(ARGS)
 
+.PHONY: bench
+bench: ## the full benchmark: fio and small files through seven ways to a file, on the lab that stands
+	@tools/bootstrap check
+	@$(PLAYBOOK) playbooks/bench.yml -e bench_profile=full -e bench_rounds=5 $(ARGS)
+
+.PHONY: bench-scaling
+bench-scaling: ## what a request costs as fids, directories and devices grow; no Xen needed
+	@tools/bootstrap check
+	@$(PYTHON) tools/bench_scaling.py $(ARGS)
+
 .PHONY: sanitize
 sanitize: ## the tests that are mostly C, on a data plane with sanitizers: address and undefined, then thread
 	@tools/bootstrap check

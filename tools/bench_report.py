@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import bench_full
 from bench_chart import chart, figure
 from bench_stats import BOOT, SIDES, WORKLOADS, ReportError, Result, Spread, summarise
 
@@ -95,6 +96,28 @@ def page(run: Mapping[str, Any], found: Sequence[Result], name: str) -> str:
             ]
     lines += ["## Bars", "", *(f"- {_sentence(line)}" for line in verdicts(found)), "", "## Machine", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in _machine(run, machine)), ""]
+    return "\n".join(lines)
+
+
+def full_page(run: Mapping[str, Any], name: str) -> str:
+    """Return the page of the full benchmark, in Markdown."""
+    lines = [
+        "# Full benchmark",
+        "",
+        "<!-- Written by tools/bench_report.py from a run of `make bench`: changes are lost. -->",
+        "",
+        f"Measured {run['date']} on {_where(run)}. All figures are from this one run. Under emulation times say",
+        "little: compare the sides.",
+        "",
+        *bench_full.page_parts(run, name),
+        "",
+        "## Machine",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in _machine(run, run["machine"])),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -180,7 +203,7 @@ def _machine(run: Mapping[str, Any], machine: Mapping[str, Any]) -> list[tuple[s
     rows = [
         ("Xen", machine.get("xen")),
         ("kernel of dom0", machine.get("kernel")),
-        ("kernel of the guest", run.get("files", {}).get("guest_kernel")),
+        ("kernel of the guest", (run.get("full") or run.get("files", {})).get("guest_kernel")),
         ("QEMU behind the rival", machine.get("qemu")),
         ("xen9p", machine.get("xen9p")),
         ("physical processors that Xen sees", machine.get("processors")),
@@ -216,12 +239,17 @@ def main() -> int:
     given = parser.parse_args()
     try:
         run = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **json.load(sys.stdin)}
-        found = summarise(run)
         name = given.results.stem
+        if run.get("full"):
+            found, text = bench_full.summarise(run), bench_full.table(run)
+            drawn, written = bench_full.charts(run, name), full_page(run, name)
+        else:
+            found = summarise(run)
+            text, drawn, written = table(found), charts(found, name), page(run, found, name)
         run["summary"] = [item.as_dict() for item in found]
-        write(given.results.parent, {given.results.name: json.dumps(run, indent=1) + "\n", **charts(found, name)})
+        write(given.results.parent, {given.results.name: json.dumps(run, indent=1) + "\n", **drawn})
         if given.docs:
-            write(given.docs, {f"{name}.md": page(run, found, name), **charts(found, name)})
+            write(given.docs, {f"{name}.md": written, **drawn})
     except json.JSONDecodeError as error:
         print(f"bench_report: standard input is no JSON ({error}): give it what roles/bench measured", file=sys.stderr)
         return 1
@@ -231,7 +259,7 @@ def main() -> int:
     except (ReportError, OSError) as error:
         print(f"bench_report: {error}", file=sys.stderr)
         return 1
-    print(table(found))
+    print(text)
     print(f"\nall samples: {given.results}")
     return 0
 

@@ -15,7 +15,15 @@ WORKLOADS = {
     "create": "create 50 files",
     "listing": "ls -la of a directory of 52",
 }
-SIDES = {"ours": "xen9p", "theirs": "QEMU's 9P", "block": "blkback, ext4"}
+SIDES = {
+    "ours": "xen9p",
+    "cached": "xen9p, caching",
+    "fuse": "xen9p, FUSE",
+    "theirs": "QEMU's 9P",
+    "block": "blkback, ext4",
+    "qdisk": "qdisk, ext4",
+    "floor": "the floor",
+}
 BOOT = "boot"
 
 
@@ -59,26 +67,37 @@ def spread(values: Sequence[float]) -> Spread:
         raise ReportError("there are no samples: run the benchmark again")
     ordered = sorted(values)
     q1, middle, q3 = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else (ordered[0],) * 3
-    short = [round(value, 4) for value in (middle, q1, q3, ordered[0], ordered[-1])]
+    short = [float(f"{value:.6g}") for value in (middle, q1, q3, ordered[0], ordered[-1])]
     return Spread(short[0], short[1], short[2], short[3], short[4], len(ordered))
+
+
+def by_side(name: str, samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Return side -> round -> seconds; of one operation, where a sample counts operations."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for sample in samples:
+        seconds = float(sample["seconds"]) / float(sample.get("operations", 1))
+        if seconds <= 0:
+            raise ReportError(f"{name}: a sample of {seconds} seconds cannot be: run the benchmark again")
+        found[sample["side"]][int(sample["round"])] = seconds
+    return found
+
+
+def compare(rival: Mapping[int, float], mine: Mapping[int, float]) -> Spread | None:
+    """Return how many times as long the rival took, within each round that both have; None without such rounds."""
+    common = sorted(set(mine) & set(rival))
+    return spread([rival[number] / mine[number] for number in common]) if common else None
 
 
 def result(name: str, samples: Iterable[Mapping[str, Any]]) -> Result:
     """Return what *samples* (each with round, side and seconds) say; one side has to be "ours"."""
-    by_side: dict[str, dict[int, float]] = defaultdict(dict)
-    for sample in samples:
-        seconds = float(sample["seconds"])
-        if seconds <= 0:
-            raise ReportError(f"{name}: a sample of {seconds} seconds cannot be: run the benchmark again")
-        by_side[sample["side"]][int(sample["round"])] = seconds
-    if "ours" not in by_side:
+    found = by_side(name, samples)
+    if "ours" not in found:
         raise ReportError(f"{name}: no sample of xen9p: run the benchmark again")
-    sides = {side: spread(list(by_side[side].values())) for side in SIDES if side in by_side}
-    ours = by_side["ours"]
+    sides = {side: spread(list(found[side].values())) for side in SIDES if side in found}
     rounds = {}
     for side in sides:
-        if side != "ours" and (common := sorted(set(ours) & set(by_side[side]))):
-            rounds[side] = spread([by_side[side][number] / ours[number] for number in common])
+        if side != "ours" and (compared := compare(found[side], found["ours"])):
+            rounds[side] = compared
     ratio = {side: round(sides[side].median / sides["ours"].median, 3) for side in rounds}
     return Result(name, sides, ratio, rounds)
 

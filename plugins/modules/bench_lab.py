@@ -7,7 +7,7 @@ import platform
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.bench import boots, files, trees
+from ansible.module_utils.bench import boots, files, full, trees
 from ansible.module_utils.bench.host import BenchError, alone, run
 from ansible.module_utils.bench.settings import Settings
 
@@ -20,11 +20,13 @@ options:
   do:
     type: str
     required: true
-    choices: [prepare, boots, files, clean]
+    choices: [prepare, prepare_full, boots, files, full, clean]
     description: [Which part of a run.]
   settings: {type: dict, required: true, description: [Names and paths; all of one run must be equal.]}
   rounds: {type: int, default: 5, description: [How often each thing is measured.]}
+  round: {type: int, default: 0, description: [Which round of C(do=full) this is; from 0.]}
   program: {type: str, default: "", description: [Text of the program that works with files in the guest.]}
+  programs: {type: dict, default: {}, description: [Texts of the programs of C(do=prepare_full), by file name.]}
 author: [xen9p]
 """
 EXAMPLES = r"""
@@ -34,6 +36,9 @@ EXAMPLES = r"""
 RETURN = r"""
 result: {type: dict, returned: success, description: Samples and what is known about the machine.}
 """
+
+
+PARTS = ["prepare", "prepare_full", "boots", "files", "full", "clean"]
 
 
 def facts(given: Settings) -> dict[str, Any]:
@@ -53,19 +58,30 @@ def facts(given: Settings) -> dict[str, Any]:
     }
 
 
-def perform(what: str, given: Settings, rounds: int, program: str) -> tuple[bool, dict[str, Any], str]:
+def perform(given: Settings, asked: dict[str, Any]) -> tuple[bool, dict[str, Any], str]:
     """Do one part: whether it changed the host, what it found, and a note for whoever watches."""
+    what, rounds = asked["do"], asked["rounds"]
     if what == "clean":
-        found = trees.clean(given)
+        found = full.stop() | trees.clean(given)
         return found, {}, "removed" if found else ""
     if what == "prepare":
         machine = facts(given)
         machine["golden"] = trees.prepare(given)
         return True, {"machine": machine}, f"golden tree {machine['golden']}"
+    if what == "prepare_full":
+        machine = facts(given)
+        machine["golden"] = trees.prepare(given, full.add)
+        started = full.start(given, asked["programs"])
+        soon = ", ".join(f"{tag} {seconds:.2f} s" for tag, seconds in started["ready"].items())
+        return True, {"machine": machine} | started, f"ready after {soon}"
+    if what == "full":
+        measured = full.measure(given, asked["round"])
+        spent = sum(item["wall"] for item in measured["costs"])
+        return True, measured, f"{len(measured['samples'])} samples in {spent:.0f} s"
     if what == "boots":
         samples = boots.measure(given, rounds)
         return True, {"samples": samples}, ", ".join(f"{item['side']} {item['seconds']:.1f} s" for item in samples)
-    measured = files.measure(given, rounds, program)
+    measured = files.measure(given, rounds, asked["program"])
     return True, measured, f"{len(measured['samples'])} samples"
 
 
@@ -73,10 +89,12 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
-            "do": {"type": "str", "required": True, "choices": ["prepare", "boots", "files", "clean"]},
+            "do": {"type": "str", "required": True, "choices": PARTS},
             "settings": {"type": "dict", "required": True},
             "rounds": {"type": "int", "default": 5},
+            "round": {"type": "int", "default": 0},
             "program": {"type": "str", "default": ""},
+            "programs": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
@@ -86,7 +104,7 @@ def main() -> None:
     try:
         given = Settings(**values["settings"])
         with alone():
-            changed, result, note = perform(values["do"], given, values["rounds"], values["program"])
+            changed, result, note = perform(given, values)
     except (BenchError, OSError) as error:
         module.fail_json(msg=f"benchmark: {error}")
     module.exit_json(changed=changed, result=result, note=note)

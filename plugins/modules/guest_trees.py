@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.guests import client
 
 DOCUMENTATION = r"""
 module: guest_trees
@@ -77,15 +78,6 @@ host_keys: {type: dict, returned: always, description: Public ssh host key of ea
 
 # Names a machine without disclosing the host's own id.
 NAMESPACE = uuid.UUID("5b7d3d0e-9d5c-4a53-8f0e-6c1f0a2c9b9e")
-
-
-CLIENT_COMMAND = b"""#!/usr/bin/python3
-import sys
-
-from xen9p.cli import main
-
-sys.exit(main())
-"""
 
 
 class TreeError(Exception):
@@ -177,7 +169,7 @@ class Trees:
         self.golden = self.store / "golden" / self.identity
         self.kernel = self.boot / self.identity
         self.keys = authorized_keys(given["authorized_keys"], given["host_authorized_keys"])
-        self.client = client_files(Path(given["client"])) if given.get("client") else {}
+        self.client = client.files(Path(given["client"])) if given.get("client") else {}
         self.dry = dry
         self.actions: list[str] = []
         self.host_keys: dict[str, str] = {}
@@ -290,20 +282,6 @@ class Trees:
             link.symlink_to(f"../{path.name}")
         if not autostart and link.is_symlink() and self.act(f"do not start {name} with the host"):
             link.unlink()
-
-
-def client_files(prefix: Path) -> dict[str, tuple[bytes, int]]:
-    """Path in a guest's tree -> content and mode, for xen9p as it is installed below *prefix*; {} if it is not."""
-    files: dict[str, tuple[bytes, int]] = {}
-    for package in prefix.glob("lib/python3*/site-packages/xen9p"):
-        python = package.parents[1].name
-        for path in sorted(package.rglob("*")):
-            if path.is_file() and path.suffix in (".py", ".so"):
-                where = path.relative_to(package.parent)
-                files[f"/usr/local/lib/{python}/dist-packages/{where}"] = (path.read_bytes(), 0o644)
-    if files:
-        files["/usr/local/bin/xen9p"] = (CLIENT_COMMAND, 0o755)
-    return files
 
 
 def resolver() -> str:

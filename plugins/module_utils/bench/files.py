@@ -21,7 +21,7 @@ def measure(given: Settings, rounds: int, program: str) -> dict[str, Any]:
     create(FILES, trees.config(given, FILES), given.address, given.timeout)
     try:
         inside(given, "modprobe 9pnet_xen && modprobe 9p")
-        attach()
+        attach(FILES, "ours")
         mounts = mount(given)
         inside(given, f"cat > {PROGRAM}", text=program)
         places = " ".join(f"{side}={path}" for side, path in PLACES.items())
@@ -42,12 +42,12 @@ def sample(line: str) -> dict[str, Any]:
     return {"round": int(number), "workload": workload, "side": side, "seconds": float(seconds)}
 
 
-def attach() -> None:
+def attach(guest: str, tag: str) -> None:
     """Have our device attached; the policy may be a moment away from being in force."""
 
     def attached() -> bool:
         done = subprocess.run(
-            ["xen9p", "attach", FILES, "bench-ours", "--tag", "ours"], capture_output=True, text=True, check=False
+            ["xen9p", "attach", guest, f"bench-{tag}", "--tag", tag], capture_output=True, text=True, check=False
         )
         said.append((done.stderr or done.stdout).strip())
         return done.returncode == 0
@@ -80,18 +80,24 @@ def mount(given: Settings) -> dict[str, str]:
 
 def inside(given: Settings, command: str, text: str = "", timeout: float = 120.0) -> str:
     """Run *command* in the guest; its output."""
-    ssh = ["ssh", "-i", str(given.key), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
-    ssh += ["-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=60", f"root@{given.address}", command]
+    asked = ssh(given, command)
     try:
-        done = subprocess.run(ssh, input=text, capture_output=True, text=True, check=False, timeout=timeout)
+        done = subprocess.run(asked, input=text, capture_output=True, text=True, check=False, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         raise BenchError(
-            f"{FILES} did not end its work within {timeout:.0f} s: see xen9p status and xl list"
+            f"the benchmark's guest did not end its work within {timeout:.0f} s: see xen9p status and xl list"
         ) from error
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise BenchError(f"in {FILES}: {words[-1]}")
+        raise BenchError(f"in the benchmark's guest: {words[-1]}")
     return done.stdout
+
+
+def ssh(given: Settings, command: str) -> list[str]:
+    """Return the words that run *command* in the guest."""
+    options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes", "LogLevel=ERROR"]
+    flags = [word for option in (*options, "ConnectTimeout=60") for word in ("-o", option)]
+    return ["ssh", "-i", str(given.key), *flags, f"root@{given.address}", command]
 
 
 def memory() -> dict[str, int]:

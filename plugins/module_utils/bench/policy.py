@@ -6,36 +6,34 @@ import os
 from pathlib import Path
 
 from .host import BenchError, run
-from .settings import FILES, NINEP, Settings
+from .settings import FILES, FULL, NINEP, Settings
+from .sides import FUSE, chosen
 
 BEGIN, END = "# BEGIN benchmark\n", "# END benchmark\n"
 
 
 def block(given: Settings) -> str:
-    """Return the rules: a root by itself, and a directory that is attached by hand."""
-    return f"""{BEGIN}[exports.bench-root]
-path = "{given.root}"
+    """Return the rules: a root by itself, and directories that are attached by hand."""
+    exports = {"bench-root": given.root, "bench-ours": given.area / "ours"}
+    root = _rule(NINEP, "bench-root", "root", "auto") + 'checks = "guest"\nspecial = true\n'
+    rules = [root, _rule(FILES, "bench-ours", "ours", "manual")]
+    for side in chosen(given):
+        if side.served == "xen9p":
+            exports[f"bench-{side.name}"] = given.area / side.name
+            more = 'frontend = "user"\n' if side.how == FUSE else ""
+            rules.append(_rule(FULL, f"bench-{side.name}", side.name, "manual") + more)
+    named = [f'[exports.{name}]\npath = "{path}"\n' for name, path in exports.items()]
+    return BEGIN + "\n".join([*named, *rules]) + END
 
-[exports.bench-ours]
-path = "{given.area}/ours"
 
-[[rules]]
-guest = "{NINEP}"
-export = "bench-root"
-tag = "root"
+def _rule(guest: str, export: str, tag: str, attach: str) -> str:
+    return f'''[[rules]]
+guest = "{guest}"
+export = "{export}"
+tag = "{tag}"
 access = "rw"
-attach = "auto"
-checks = "guest"
-special = true
-
-[[rules]]
-guest = "{FILES}"
-export = "bench-ours"
-tag = "ours"
-access = "rw"
-attach = "manual"
-checks = "guest"
-{END}"""
+attach = "{attach}"
+'''
 
 
 def without_block(text: str) -> str:

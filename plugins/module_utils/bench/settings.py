@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-# Guests of our own: the one with its root on 9P, its twin on a block device, and the one that works with files.
-NINEP, BLOCK, FILES = "bench-9p", "bench-blk", "bench-io"
+# Guests of our own: the one with its root on 9P, its twin on a block device, and those that work with files.
+NINEP, BLOCK, FILES, FULL = "bench-9p", "bench-blk", "bench-io", "bench-full"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """*memory* is in MiB, *image_size* in MiB, *timeout* in seconds; *msize* and *root_msize* in bytes."""
+    """*memory* is in MiB, *image_size* in MiB, *timeout* in seconds; *msize* and *root_msize* in bytes.
+
+    Of the full benchmark: *caching* is v9fs's cache mode of the caching side, *file_mib* the size of a file that is
+    read, *section_seconds* the most that one of fio's sections may take, *small_files* how many are created;
+    *sides* and *groups* what is measured, no groups for all. *client* is where xen9p is installed on the host,
+    *source* the folder with its C.
+    """
 
     store: str
     boot: str
@@ -29,6 +35,14 @@ class Settings:
     cache: str
     timeout: int
     policy: str
+    client: str
+    source: str
+    caching: str
+    file_mib: int
+    section_seconds: float
+    small_files: int
+    sides: list[str]
+    groups: list[str]
 
     @property
     def area(self) -> Path:
@@ -59,6 +73,15 @@ class Settings:
     def image(self) -> Path:
         """The block device of the twin: a copy of the image that shares its blocks."""
         return self.area / "twin.img"
+
+    @property
+    def content(self) -> Path:
+        """What every side of the full benchmark begins with: a subvolume, and an image of it."""
+        return self.area / "content"
+
+    def disk(self, side: str) -> Path:
+        """The disk of a side that has one: an ext4 file system with that content."""
+        return self.area / f"{side}.img"
 
     @property
     def key(self) -> Path:

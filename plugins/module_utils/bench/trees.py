@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from . import policy
 from .host import BenchError, destroy, run
-from .settings import BLOCK, FILES, NINEP, Settings
+from .settings import BLOCK, FILES, FULL, NINEP, Settings
+from .sides import DISK, chosen
 
+ALL = (NINEP, BLOCK, FILES, FULL)
+# The inode number of a btrfs subvolume's root.
+SUBVOLUME = 256
 MACHINE_ID = "9f" * 16
 
 
@@ -22,8 +28,11 @@ def golden(given: Settings) -> Path:
     return max(found, key=lambda path: (Path(given.boot) / path.name / "vmlinuz").stat().st_mtime)
 
 
-def prepare(given: Settings) -> str:
-    """Make seed, image and policy; return the identity of the golden tree that they come from."""
+def prepare(given: Settings, more: Callable[[Settings], None] = lambda _: None) -> str:
+    """Make seed, image and policy; return the identity of the golden tree that they come from.
+
+    *more* adds to the seed before there is an image of it.
+    """
     clean(given)
     tree = golden(given)
     given.area.mkdir()
@@ -31,17 +40,23 @@ def prepare(given: Settings) -> str:
     run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(given.key))
     run("btrfs", "--quiet", "subvolume", "snapshot", str(tree), str(given.seed))
     _identify(given)
+    for side in ("theirs", *(side.name for side in chosen(given) if side.served == "xen9p")):
+        (given.area / side).mkdir(exist_ok=True)
+    more(given)
+    _image(given)
+    reset(given)
+    for name in ALL:
+        config(given, name).write_text(_config(given, name, Path(given.boot) / tree.name))
+    policy.allow(given)
+    return tree.name
+
+
+def _image(given: Settings) -> None:
+    """Make the seed's ext4 image."""
     run("truncate", f"--size={given.image_size}M", str(given.image_seed))
     # Nothing lazy: the kernel would go on formatting while the guest is timed.
     eager = "lazy_itable_init=0,lazy_journal_init=0"
     run("mke2fs", "-q", "-F", "-t", "ext4", "-E", eager, "-d", str(given.seed), str(given.image_seed))
-    for side in ("ours", "theirs"):
-        (given.area / side).mkdir()
-    reset(given)
-    for name in (NINEP, BLOCK, FILES):
-        config(given, name).write_text(_config(given, name, Path(given.boot) / tree.name))
-    policy.allow(given)
-    return tree.name
 
 
 def reset(given: Settings) -> None:
@@ -56,12 +71,12 @@ def reset(given: Settings) -> None:
 def clean(given: Settings) -> bool:
     """Remove whatever this or an earlier run left; whether there was anything."""
     found = given.area.exists() or given.run.exists()
-    for name in (NINEP, BLOCK, FILES):
+    for name in ALL:
         destroy(name)
     found |= policy.forbid(given)
-    for subvolume in (given.root, given.seed):
-        if subvolume.exists():
-            run("btrfs", "--quiet", "subvolume", "delete", str(subvolume))
+    for path in given.area.glob("*"):
+        if path.is_dir() and path.stat().st_ino == SUBVOLUME:
+            run("btrfs", "--quiet", "subvolume", "delete", str(path))
     for folder in (given.area, given.run):
         if folder.exists():
             shutil.rmtree(folder)
@@ -117,8 +132,14 @@ def _config(given: Settings, name: str, kernel: Path) -> str:
         'on_reboot = "destroy"',
         'on_crash = "destroy"',
     ]
-    if name != NINEP:
-        lines.append(f'disk = ["format=raw,vdev=xvda,access=w,target={given.image}"]')
-    if name == FILES:
+    disks = [f"format=raw,vdev=xvda,access=w,target={given.image}"] if name != NINEP else []
+    if name == FULL:
+        for side in chosen(given):
+            if side.how == DISK:
+                backend = "backendtype=qdisk," if side.served == "qemu" else ""
+                disks.append(f"format=raw,vdev={side.device},access=w,{backend}target={given.disk(side.name)}")
+    if disks:
+        lines.append(f"disk = {json.dumps(disks)}")
+    if name == FILES or (name == FULL and "theirs" in given.sides):
         lines.append(f'p9 = ["tag=theirs,security_model=none,path={given.area}/theirs"]')
     return "\n".join(lines) + "\n"

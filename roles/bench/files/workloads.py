@@ -51,9 +51,9 @@ def write(place: str) -> None:
     os.close(handle)
 
 
-def create(place: str) -> None:
-    """50 new files with a line in each."""
-    for number in range(CREATED):
+def create(place: str, count: int = CREATED) -> None:
+    """New files with a line in each."""
+    for number in range(count):
         handle = os.open(f"{place}/new/f{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(handle, b"line\n")
         os.close(handle)

@@ -17,6 +17,7 @@ import tarfile
 from pathlib import Path
 
 SKIPPED_FOLDERS = {"__pycache__", ".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "build", "dist"}
+NOT_INSTALLED = {"tests", "floor"}
 SKIPPED_ENDINGS = (".pyc", ".so", ".o", ".egg-info")
 
 
@@ -25,8 +26,8 @@ def wanted(root: Path) -> list[Path]:
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS and not f.endswith(SKIPPED_ENDINGS))
-        if Path(folder) == root and "tests" in folders:
-            folders.remove("tests")
+        if Path(folder) == root:
+            folders[:] = [f for f in folders if f not in NOT_INSTALLED]
         found += [Path(folder) / name for name in sorted(names) if not name.endswith(SKIPPED_ENDINGS)]
     return found
 

@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -488,6 +489,23 @@ def test_the_group_that_a_message_names(export: Path, opener: Opener) -> None:
     }  # fmt: skip
     modes = {name: stat.S_IMODE(found[name].st_mode) for name in ("carols", "folder", "staff/f")}
     assert modes == {"carols": 0o4755, "folder": 0o755, "staff/f": 0o2755}
+
+
+def test_only_what_the_user_has_made_is_given_away(export: Path) -> None:
+    """Between making and giving, the guest may have put something else under the name."""
+    with memory_session(export, users=CHECKED) as session:
+        for owner, group in ((0, 0), (ALICE, STAFF)):
+            path = export / f"of-{owner}"
+            path.touch()
+            os.chown(path, owner, ALICE)
+
+            def give(fd: int) -> None:
+                with session.served.device.making(ALICE, STAFF) as made:
+                    made(fd)
+
+            with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
+                pool.submit(give, file.fileno()).result()
+            assert (path.stat().st_uid, path.stat().st_gid) == (owner, group or ALICE)
 
 
 # Numbers.

@@ -242,8 +242,9 @@ void act_done(const struct x9_dev *dev)
         act_as_server();
 }
 
-/* Gives what this thread has just made to a group, unless the directory has decided about it already. Not with the rights of
- * that group: set-group-id goes, and stays the server's to refuse. Returns 0 or an errno. */
+/* Gives what this thread has just made to a group, unless the directory has decided about it already, or somebody has put
+ * another's file under its name meanwhile. Not with the rights of that group: set-group-id goes, and stays the server's to
+ * refuse. Returns 0 or an errno. */
 int give_group(int fd, uint32_t gid)
 {
     char path[X9_FD_PATH];
@@ -253,7 +254,7 @@ int give_group(int fd, uint32_t gid)
         return 0;
     if (fstatat(fd, "", &st, AT_EMPTY_PATH))
         return errno;
-    if (st.st_gid != me.gid)
+    if (st.st_uid != me.uid || st.st_gid != me.gid)
         return 0;
     act_as_server();
     if (fchownat(fd, "", (uid_t)-1, gid, AT_EMPTY_PATH))

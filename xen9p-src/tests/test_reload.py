@@ -16,7 +16,7 @@ from xen9p import daemon, policy, quota, zygote
 from xen9p import worker as worker_module
 from xen9p.cli import status_text
 from xen9p.device import Device
-from xen9p.errors import ControlError, PolicyError, Xen9pError
+from xen9p.errors import ControlError, PolicyError, Xen9pError, XenStoreError
 from xen9p.loop import Loop
 from xen9p.quota import Quota
 from xen9p.supervisor import Guest, Managed, Supervisor, _device_status
@@ -204,6 +204,24 @@ def test_what_was_narrowed_by_hand_is_not_pending(attached: tuple[Supervisor, Ma
     write(file, 'access = "rw"')
     supervisor.reload()
     assert managed.later == ""
+
+
+def test_new_terms_reach_all_workers_before_xenstore_is_asked(
+    attached: tuple[Supervisor, Managed, Recorder, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor, managed, worker, file = attached
+    first = supervisor.guests.pop(1)
+    supervisor.guests = {0: Guest(GuestId(0, "g0", "v")), 1: first}
+
+    def broken(_guest: Guest) -> None:
+        raise XenStoreError("xenstored has gone")
+
+    monkeypatch.setattr(supervisor, "give", broken)
+    write(file, "special = true")
+    with pytest.raises(XenStoreError):
+        supervisor.reload()
+    assert worker.told == [managed.terms]
+    assert from_plain(managed.terms["users"]).special
 
 
 def test_a_quota_that_cannot_be_had_keeps_the_export_back(

@@ -651,6 +651,8 @@ class Supervisor:
             guest.detached -= {grant.tag for grant in after if grant not in before}
             for managed in list(guest.devices.values()):
                 self._settle(managed)
+        # Last: XenStore may break under it, and that must leave no worker with the old terms.
+        for guest in list(self.guests.values()):
             self.give(guest)
 
     def _release(self, old: Policy) -> None:

@@ -7,12 +7,13 @@ import logging
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from serving import memory_session
-from xen9p import daemon, policy, quota, zygote
+from xen9p import daemon, policy, quota, xenbus, zygote
 from xen9p import worker as worker_module
 from xen9p.cli import status_text
 from xen9p.device import Device
@@ -22,6 +23,8 @@ from xen9p.quota import Quota
 from xen9p.supervisor import Guest, Managed, Supervisor, _device_status
 from xen9p.users import Identity, Users, from_plain
 from xen9p.xenbus import GuestId
+
+UUID = "6d2a9b1e-0000-4000-8000-000000000001"
 
 
 @pytest.fixture
@@ -117,8 +120,8 @@ def attached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Superviso
     file = tmp_path / "policy.toml"
     write(file)
     supervisor = Supervisor(Loop(), nothing, nothing, policy.load(file, check_paths=True), tmp_path)
-    guest = supervisor.guests[1] = Guest(GuestId(1, "g1", "u"))
-    grant = supervisor.policy.resolve("g1", "u")[0]
+    guest = supervisor.guests[1] = Guest(GuestId(1, "g1", UUID))
+    grant = supervisor.policy.resolve("g1", UUID)[0]
     managed = guest.devices[0] = Managed(guest, 0, grant, Device())
     managed.terms = {"users": grant.terms.users().plain(), "limits": dict(grant.terms.limits)}
     recorder: Any = Recorder()
@@ -204,6 +207,28 @@ def test_what_was_narrowed_by_hand_is_not_pending(attached: tuple[Supervisor, Ma
     write(file, 'access = "rw"')
     supervisor.reload()
     assert managed.later == ""
+
+
+def test_what_was_narrowed_by_hand_stays_so_over_a_restart(
+    attached: tuple[Supervisor, Managed, Recorder, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor, made, _, file = attached
+    write(file, 'access = "rw"')
+    supervisor.reload()
+    nodes: dict[str, str] = {}
+    store: Any = SimpleNamespace(
+        transaction=lambda write: write(store),
+        read=lambda path: "/vm/" + made.owner.id.uuid if path.endswith("/vm") else nodes.get(path),
+        write=nodes.__setitem__,
+        **dict.fromkeys(("remove", "mkdir", "set_permissions"), lambda *_: None),
+    )
+    for narrowed in (True, False):
+        xenbus.create(store, made.owner.id, 0, made.grant, narrowed=narrowed)
+        guest = Guest(made.owner.id)
+        monkeypatch.setattr(supervisor, "_watch", lambda _: None)
+        supervisor._adopt_device(guest, xenbus._left(store, 1, 0), None)
+        supervisor._renew(guest.devices[0])
+        assert guest.devices[0].grant.readonly is narrowed
 
 
 def test_new_terms_reach_all_workers_before_xenstore_is_asked(

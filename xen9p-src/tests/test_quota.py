@@ -184,3 +184,34 @@ def test_the_mount_of_a_path_with_odd_names(tmp_path: Path) -> None:
         assert quota.mount_of(point / "d").kind == "tmpfs"
     finally:
         subprocess.run(["umount", point], check=True)
+
+
+@pytest.fixture
+def says_ext4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that is taken for one on ext4: not every kernel has project quotas."""
+    monkeypatch.setattr(quota, "mount_of", lambda path: quota.Mount("ext4", path.resolve(strict=True) and tmp_path, ""))
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    return tmp_path
+
+
+def test_limits_that_would_bound_nothing_are_not_set(says_ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = says_ext4 / "tools"
+    tools.mkdir()
+    (tools / "chattr").write_text("#!/bin/sh\necho no projects here >&2\nexit 1\n")
+    (tools / "setquota").write_text(f"#!/bin/sh\ntouch {says_ext4}/limited\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    with pytest.raises(Xen9pError, match=r"no projects here \(mount .* with prjquota; ext4 takes tune2fs"):
+        quota.enforce(says_ext4 / "a", Quota(MIB))
+    assert not (says_ext4 / "limited").exists()
+
+
+def test_a_quota_within_another_is_said(says_ext4: Path) -> None:
+    above, below = says_ext4 / "a", says_ext4 / "a" / "b"
+    assert quota.problems({below: Quota(MIB), above: Quota(MIB)}) == [
+        f"quota of {below}: it is in {above}, which has one too (a file has one project only)"
+    ]
+    assert quota.problems({above: Quota(MIB), says_ext4 / "gone": Quota(MIB)}) == [
+        f"quota of {says_ext4}/gone: No such file or directory (create it or correct the path)"
+    ]

@@ -11,6 +11,7 @@ import re
 import subprocess
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -76,6 +77,10 @@ def problems(quotas: Mapping[Path, Quota]) -> list[str]:
         other = names.setdefault(project_of(path), path)
         if other != path:
             found.append(f"quota of {path}: its project is that of {other} as well (rename one of the directories)")
+        for above in quotas.keys() & set(path.parents):
+            with suppress(OSError):  # said above
+                if mount_of(path) == mount_of(above) and mount_of(path).kind in PROJECT_KINDS:
+                    found.append(f"quota of {path}: it is in {above}, which has one too (a file has one project only)")
     return found
 
 
@@ -114,6 +119,7 @@ def enforce(path: Path, quota: Quota) -> None:
         "; ext4 takes tune2fs -O project,quota before" if mount.kind == "ext4" else ""
     )
     _run(path, ["chattr", "-R", "-f", "+P", "-p", number, str(path)], remedy, may_fail=True)  # special files have none
+    _run(path, ["chattr", "+P", "-p", number, str(path)], remedy)  # without it the limits would bound nothing
     # setquota counts in KiB; 0 is none. Soft limits are not used.
     limits = ["0", str(-(-quota.bytes // 1024)), "0", str(quota.files)]
     _run(path, ["setquota", "-P", number, *limits, str(mount.point)], remedy)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from serving import memory_session
-from xen9p import daemon, policy, quota, xenbus, zygote
+from xen9p import daemon, policy, quota, users, xenbus, zygote
 from xen9p import worker as worker_module
 from xen9p.cli import status_text
 from xen9p.device import Device
@@ -22,6 +22,7 @@ from xen9p.loop import Loop
 from xen9p.quota import Quota
 from xen9p.supervisor import Guest, Managed, Supervisor, _device_status
 from xen9p.users import Identity, Users, from_plain
+from xen9p.workers import Worker
 from xen9p.xenbus import GuestId
 
 UUID = "6d2a9b1e-0000-4000-8000-000000000001"
@@ -141,7 +142,7 @@ def test_new_terms_go_to_the_worker(attached: tuple[Supervisor, Managed, Recorde
     supervisor, managed, worker, file = attached
     supervisor.reload()
     assert worker.told == []
-    for rule, users, limits in (
+    for rule, wanted, limits in (
         ('checks = "guest"', Users(Identity(), checks=False, special=False), {}),
         ("special = true", Users(Identity(), checks=True, special=True), {}),
         ("identity = {squash = {uid = 5, gid = 6}}", Users(Identity("all", 5, 6), checks=True, special=False), {}),
@@ -152,7 +153,7 @@ def test_new_terms_go_to_the_worker(attached: tuple[Supervisor, Managed, Recorde
         supervisor.reload()  # nothing new: nothing is said again
         told = worker.told.pop()
         assert worker.told == []
-        assert (from_plain(told["users"]), told["limits"]) == (users, limits)
+        assert (from_plain(told["users"]), told["limits"]) == (wanted, limits)
         assert managed.terms == told  # for the next worker, if this one dies
         assert managed.later == ""
 
@@ -229,6 +230,30 @@ def test_what_was_narrowed_by_hand_stays_so_over_a_restart(
         supervisor._adopt_device(guest, xenbus._left(store, 1, 0), None)
         supervisor._renew(guest.devices[0])
         assert guest.devices[0].grant.readonly is narrowed
+
+
+def test_a_device_is_made_anew_as_it_was_if_its_groups_are_too_many(
+    attached: tuple[Supervisor, Managed, Recorder, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    supervisor, managed, _, file = attached
+    before = managed.terms
+    write(file, 'groups = "host"\naccess = "rw"')
+    monkeypatch.setattr(users, "MOST_NUMBERS", 0)
+    supervisor.reload()
+    supervisor._renew(managed)
+    assert managed.terms == before
+    assert managed.grant.readonly
+    assert "is made anew as it was: the host has more than 0 users and groups" in caplog.text
+
+
+def test_the_last_terms_count_if_the_worker_is_not_there_yet(tmp_path: Path) -> None:
+    worker = Worker(Loop(), tmp_path / "worker.sock", lambda: None, lambda *_: None)
+    worker.map([])
+    for number in (1, 2, 1):
+        worker.settle({"limits": {"max_fids": number}})
+    assert worker._wanted == [{"do": "map", "rings": []}, {"do": "settle", "limits": {"max_fids": 1}}]
 
 
 def test_new_terms_reach_all_workers_before_xenstore_is_asked(

@@ -466,11 +466,17 @@ class Supervisor:
     def _renew(self, managed: Managed) -> None:
         """A device that is made anew is made by the policy of now; without a rule as it was."""
         now = self._now(managed)
-        problems = self._problems(now) if now else []
+        if now is None:
+            return
+        problems = self._problems(now)
+        try:
+            terms = _terms(now)
+        except PolicyError as error:
+            problems = [*problems, str(error)]
         for problem in problems:
             managed.say("error", f"is made anew as it was: {problem}")
-        if now is not None and not problems:
-            managed.grant, managed.terms, managed.later = now, _terms(now), ""
+        if not problems:
+            managed.grant, managed.terms, managed.later = now, terms, ""
 
     # Workers.
 

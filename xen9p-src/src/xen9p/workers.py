@@ -103,6 +103,7 @@ class Worker:
 
     def settle(self, terms: Object) -> None:
         """Tells it other terms: "users" and "limits", as in the request that started it."""
+        self._wanted = [order for order in self._wanted if order["do"] != "settle"]  # the last ones count
         self._ask({"do": "settle", **terms})
 
     def stop(self) -> None:

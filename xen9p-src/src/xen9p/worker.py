@@ -259,8 +259,6 @@ class Worker:
                     self._told.notify_all()
                     if self.device:
                         self.device.stop()
-                case "limits":
-                    self._limit(order.get("limits"))
                 case "stats" if self.device:
                     self._send(client, {"event": "stats"} | dict(self.device.stats()))
                 case "metrics" if self.device:
@@ -277,18 +275,6 @@ class Worker:
         device.set_limits(wanted)
         self.request = {**self.request, **{name: order[name] for name in TERMS}}
         return ""
-
-    def _limit(self, wanted: Any) -> None:
-        """Puts new limits into force: all of them, what is not named gets its default. Bad ones change nothing."""
-        try:
-            if not isinstance(wanted, Mapping):
-                raise Xen9pError("limits are names and numbers")
-            self._limits = limits(wanted)
-        except Xen9pError as error:
-            LOG.warning("limits stay as they are: %s", error)
-            return
-        if self.device:
-            self.device.set_limits(self._limits)
 
     def _finish(self, event: dict[str, Any]) -> None:
         with self._lock:

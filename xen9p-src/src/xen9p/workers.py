@@ -110,10 +110,6 @@ class Worker:
         """Asks it to drain and end."""
         self._ask({"do": "stop"})
 
-    def limit(self, limits: Object) -> None:
-        """Puts new limits into force, by the names of dataplane.Limits; what is not named gets its default."""
-        self._ask({"do": "limits", "limits": dict(limits)})
-
     def _ask(self, order: Object) -> None:
         if self._channel is not None:
             self._channel.send(order)

@@ -180,7 +180,7 @@ def test_a_machine_that_runs_keeps_its_accelerator(
     monkeypatch.setattr(machine, "status", lambda: status)
     monkeypatch.setattr(machine, "start", lambda spec: [spec.accelerator])
     monkeypatch.setattr(module.access, "write_all", lambda *_: False)
-    monkeypatch.setattr(module.accel, "choose", lambda wanted, *_: asked.append(wanted) or "kvm")
+    monkeypatch.setattr(module.accel, "choose", lambda wanted, *_: (asked.append(wanted), "kvm")[1])
     values = {**vars(SPEC), "accelerator": "auto", "guests": []}
     assert module.start(machine, values) == ["kvm" if probes else "tcg"]
     assert asked == ["auto"] * probes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import socket
 import threading
 import time
@@ -489,6 +490,12 @@ def test_one_request_larger_than_all_of_it_is_served(export: Path) -> None:
 def test_limits_that_are_none(wanted: dict[str, int], says: str) -> None:
     with pytest.raises(Xen9pError, match=says):
         limits_of(wanted)
+
+
+def test_no_more_fids_than_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the policy says so: a worker without descriptors does not hear its supervisor."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
+    assert [limits_of(wanted).max_fids for wanted in (None, {"max_fids": 5000}, {"max_fids": 100})] == [436, 436, 100]
 
 
 def test_a_workers_limits_change_by_order(tmp_path: Path) -> None:

@@ -175,12 +175,17 @@ def test_a_machine_that_runs_keeps_its_accelerator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, probes: int
 ) -> None:
     module, machine, asked = load("testbed_vm"), vm.Vm(tmp_path), list[str]()
+
+    def choose(wanted: str, *_: object) -> str:
+        asked.append(wanted)
+        return "kvm"
+
     machine._write_record(SPEC)
     monkeypatch.setattr(machine, "pid", lambda: 1)
     monkeypatch.setattr(machine, "status", lambda: status)
     monkeypatch.setattr(machine, "start", lambda spec: [spec.accelerator])
     monkeypatch.setattr(module.access, "write_all", lambda *_: False)
-    monkeypatch.setattr(module.accel, "choose", lambda wanted, *_: (asked.append(wanted), "kvm")[1])
+    monkeypatch.setattr(module.accel, "choose", choose)
     values = {**vars(SPEC), "accelerator": "auto", "guests": []}
     assert module.start(machine, values) == ["kvm" if probes else "tcg"]
     assert asked == ["auto"] * probes

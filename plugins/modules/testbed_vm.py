@@ -82,7 +82,8 @@ def start(machine: vm.Vm, values: dict[str, Any]) -> list[str]:
     )
     old = machine.recorded()
     # What runs was chosen before: the probe for KVM is for a machine that is about to start.
-    if old is not None and machine.status() == "running" and values["accelerator"] in {"auto", old.accelerator}:
+    runs = machine.pid() is not None and machine.status() in vm.RUNNING
+    if old is not None and runs and values["accelerator"] in {"auto", old.accelerator}:
         accelerator = old.accelerator
     else:
         accelerator = accel.choose(values["accelerator"], vm.QEMU, Path(values["image"]))

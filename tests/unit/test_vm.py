@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from modules import load
 from testbed import accel, access, vm
 from testbed.errors import TestbedError
 from testbed.progress import Progress
@@ -152,3 +153,39 @@ def test_a_kvm_that_gives_up_is_noticed_at_once(tmp_path: Path) -> None:
 
 def test_a_machine_that_nobody_asks_has_no_status(tmp_path: Path) -> None:
     assert vm.Vm(tmp_path).status() == ""
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize(("status", "waits"), [("running", True), ("", True), ("internal-error", False)])
+def test_only_what_qemu_has_stopped_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, waits: bool
+) -> None:
+    """A monitor that does not answer in time belongs to a busy machine: that one is shut down as always."""
+    machine, stops = vm.Vm(tmp_path), list[tuple[float, ...]]()
+    machine.start(SPEC)
+    monkeypatch.setattr(machine, "pid", lambda: 1)
+    monkeypatch.setattr(machine, "status", lambda: status)
+    monkeypatch.setattr(machine, "stop", lambda *timeout: stops.append(timeout))
+    machine.start(vm.VmSpec(**{**vars(SPEC), "memory": 5000}))
+    assert stops == [() if waits else (0.0,)]
+
+
+@pytest.mark.parametrize(("status", "probes"), [("running", 0), ("", 0), ("internal-error", 1)])
+def test_a_machine_that_runs_keeps_its_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, probes: int
+) -> None:
+    module, machine, asked = load("testbed_vm"), vm.Vm(tmp_path), list[str]()
+
+    def choose(wanted: str, *_: object) -> str:
+        asked.append(wanted)
+        return "kvm"
+
+    machine._write_record(SPEC)
+    monkeypatch.setattr(machine, "pid", lambda: 1)
+    monkeypatch.setattr(machine, "status", lambda: status)
+    monkeypatch.setattr(machine, "start", lambda spec: [spec.accelerator])
+    monkeypatch.setattr(module.access, "write_all", lambda *_: False)
+    monkeypatch.setattr(module.accel, "choose", choose)
+    values = {**vars(SPEC), "accelerator": "auto", "guests": []}
+    assert module.start(machine, values) == ["kvm" if probes else "tcg"]
+    assert asked == ["auto"] * probes

@@ -68,7 +68,7 @@ class Host:
         path = self.runtime / f"worker-{device.domid}-{device.devid}.sock"
         request = {"domid": device.domid, "devid": device.devid, "guest": device.guest, "uuid": "u", "tag": device.tag}
         worker = Worker({**request, "export": "e", "readonly": False, "socket": str(path)}, zygote.listen(path))
-        worker.device = device.session.served.device
+        worker.device = worker._made = device.session.served.device
         threading.Thread(target=worker._listen, daemon=True).start()
         return worker.listener
 

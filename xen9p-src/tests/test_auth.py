@@ -360,7 +360,7 @@ def test_attempts_are_limited(export: Path, monkeypatch: pytest.MonkeyPatch) -> 
             with pytest.raises(AuthError, match="too often"):
                 client.enter(key=key)
         for afid in waiting:  # nor do challenges help that were given out before
-            with refused(errno.EAGAIN):
+            with pytest.raises(AuthError, match="too often"), auth.explained(ALICE):
                 client.attach(b"alice", afid=afid)
         other.enter(key=ALICE)
         later = time.monotonic() + auth.PAUSE + 1

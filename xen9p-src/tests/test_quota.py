@@ -125,7 +125,9 @@ def test_ext4(ext4: Path) -> None:
     (small / "d" / "before").write_bytes(b"x" * MIB)
     os.mkfifo(small / "fifo")
     other.mkdir()
+    assert not quota.joined(small, quota.project_of(small))
     quota.enforce(small, Quota(16 * MIB, 24))
+    assert quota.joined(small, quota.project_of(small))
     with confined_session(small) as (mine, root), confined_session(other) as (theirs, theirs_root):
         shown = mine.statfs(root)
         assert (shown.blocks * shown.bsize, shown.files) == (16 * MIB, 24)
@@ -184,3 +186,54 @@ def test_the_mount_of_a_path_with_odd_names(tmp_path: Path) -> None:
         assert quota.mount_of(point / "d").kind == "tmpfs"
     finally:
         subprocess.run(["umount", point], check=True)
+
+
+@pytest.fixture
+def says_ext4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that is taken for one on ext4: not every kernel has project quotas."""
+    monkeypatch.setattr(quota, "mount_of", lambda path: quota.Mount("ext4", path.resolve(strict=True) and tmp_path, ""))
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    return tmp_path
+
+
+def tools(folder: Path, chattr: str) -> Path:
+    """Tools in a directory that say what they were asked for in a file."""
+    (folder / "tools").mkdir()
+    for name, work in (("chattr", chattr), ("setquota", "")):
+        (folder / "tools" / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{folder}/said\n{work}\n')
+        (folder / "tools" / name).chmod(0o755)
+    return folder / "said"
+
+
+def test_limits_that_would_bound_nothing_are_not_set(says_ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tools(says_ext4, "echo no projects here >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{says_ext4}/tools:{os.environ['PATH']}")
+    with pytest.raises(Xen9pError, match=r"no projects here \(mount .* with prjquota; ext4 takes tune2fs"):
+        quota.enforce(says_ext4 / "a", Quota(MIB))
+    assert "setquota" not in said.read_text()
+
+
+def test_a_tree_joins_its_project_once_and_as_a_whole(says_ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest's tree is gone through once, and not at each reload; one that took too long counts as not done."""
+    top = says_ext4 / "a"
+    said = tools(says_ext4, 'case "$1" in -R) exec sleep 9;; esac')
+    monkeypatch.setenv("PATH", f"{says_ext4}/tools:{os.environ['PATH']}")
+    monkeypatch.setattr(quota, "TIMEOUT", 0.5)
+    with pytest.raises(Xen9pError, match="timed out"):
+        quota.enforce(top, Quota(MIB))
+    number = quota.project_of(top)
+    assert said.read_text().splitlines() == [f"chattr -R -f +P -p {number} {top}", f"chattr -p 0 {top}"]
+    said.unlink()
+    monkeypatch.setattr(quota, "joined", lambda *_: True)
+    quota.enforce(top, Quota(MIB))
+    assert said.read_text().splitlines() == [f"setquota -P {number} 0 1024 0 0 {says_ext4}"]
+
+
+def test_a_quota_within_another_is_said(says_ext4: Path) -> None:
+    above, below = says_ext4 / "a", says_ext4 / "a" / "b"
+    assert quota.problems({below: Quota(MIB), above: Quota(MIB)}) == [
+        f"quota of {below}: it is in {above}, which has one too (a file has one project only)"
+    ]
+    assert quota.problems({above: Quota(MIB), says_ext4 / "gone": Quota(MIB)}) == [
+        f"quota of {says_ext4}/gone: No such file or directory (create it or correct the path)"
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from xen9p.client import Client
 from xen9p.dataplane import Limits, Verdict
 from xen9p.errors import Xen9pError
 from xen9p.transport.memory import OUT_CONS, OUT_PROD, MemoryRing, MemoryRingTransport
+from xen9p.users import Users
 from xen9p.worker import limits as limits_of
 from xen9p.workers import socket_path
 
@@ -490,6 +492,12 @@ def test_limits_that_are_none(wanted: dict[str, int], says: str) -> None:
         limits_of(wanted)
 
 
+def test_no_more_fids_than_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the policy says so: a worker without descriptors does not hear its supervisor."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
+    assert [limits_of(wanted).max_fids for wanted in (None, {"max_fids": 5000}, {"max_fids": 100})] == [436, 436, 100]
+
+
 def test_a_workers_limits_change_by_order(tmp_path: Path) -> None:
     with host(tmp_path, "g1:home", "g2:home") as lab, socket.socket(socket.AF_UNIX) as worker:
         worker.settimeout(10)
@@ -505,18 +513,21 @@ def test_a_workers_limits_change_by_order(tmp_path: Path) -> None:
                 pass
             return dict(event)
 
+        def limit(limits: object) -> None:
+            order(do="settle", users=Users().plain(), limits=limits)
+
         first, second = (device.session for device in lab.devices)
-        order(do="limits", limits={"ops_per_second": 100})
+        limit({"ops_per_second": 100})
         answered()
         spent(first)
         assert answered()["throttled"] > 0
-        for wrong in ({"ops_per_second": -5}, {"nonsense": 1}, None, [1]):
-            order(do="limits", limits=wrong)
+        for wrong in ({"ops_per_second": -5}, {"nonsense": 1}, 1, [1]):
+            limit(wrong)
         before = answered()["throttled"]
         for _ in range(20):
             first.client.getattr(first.root)
         assert answered()["throttled"] > before, "a bad order took the limits away"
-        order(do="limits", limits={})
+        limit({})
         before = answered()["throttled"]
         for _ in range(300):
             first.client.getattr(first.root)

@@ -7,21 +7,25 @@ import logging
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from serving import memory_session
-from xen9p import daemon, policy, quota, zygote
+from xen9p import daemon, policy, quota, users, xenbus, zygote
 from xen9p import worker as worker_module
 from xen9p.cli import status_text
 from xen9p.device import Device
-from xen9p.errors import ControlError, PolicyError, Xen9pError
+from xen9p.errors import ControlError, PolicyError, Xen9pError, XenStoreError
 from xen9p.loop import Loop
 from xen9p.quota import Quota
 from xen9p.supervisor import Guest, Managed, Supervisor, _device_status
 from xen9p.users import Identity, Users, from_plain
+from xen9p.workers import Worker
 from xen9p.xenbus import GuestId
+
+UUID = "6d2a9b1e-0000-4000-8000-000000000001"
 
 
 @pytest.fixture
@@ -117,8 +121,8 @@ def attached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Superviso
     file = tmp_path / "policy.toml"
     write(file)
     supervisor = Supervisor(Loop(), nothing, nothing, policy.load(file, check_paths=True), tmp_path)
-    guest = supervisor.guests[1] = Guest(GuestId(1, "g1", "u"))
-    grant = supervisor.policy.resolve("g1", "u")[0]
+    guest = supervisor.guests[1] = Guest(GuestId(1, "g1", UUID))
+    grant = supervisor.policy.resolve("g1", UUID)[0]
     managed = guest.devices[0] = Managed(guest, 0, grant, Device())
     managed.terms = {"users": grant.terms.users().plain(), "limits": dict(grant.terms.limits)}
     recorder: Any = Recorder()
@@ -138,7 +142,7 @@ def test_new_terms_go_to_the_worker(attached: tuple[Supervisor, Managed, Recorde
     supervisor, managed, worker, file = attached
     supervisor.reload()
     assert worker.told == []
-    for rule, users, limits in (
+    for rule, wanted, limits in (
         ('checks = "guest"', Users(Identity(), checks=False, special=False), {}),
         ("special = true", Users(Identity(), checks=True, special=True), {}),
         ("identity = {squash = {uid = 5, gid = 6}}", Users(Identity("all", 5, 6), checks=True, special=False), {}),
@@ -149,7 +153,7 @@ def test_new_terms_go_to_the_worker(attached: tuple[Supervisor, Managed, Recorde
         supervisor.reload()  # nothing new: nothing is said again
         told = worker.told.pop()
         assert worker.told == []
-        assert (from_plain(told["users"]), told["limits"]) == (users, limits)
+        assert (from_plain(told["users"]), told["limits"]) == (wanted, limits)
         assert managed.terms == told  # for the next worker, if this one dies
         assert managed.later == ""
 
@@ -204,6 +208,70 @@ def test_what_was_narrowed_by_hand_is_not_pending(attached: tuple[Supervisor, Ma
     write(file, 'access = "rw"')
     supervisor.reload()
     assert managed.later == ""
+
+
+def test_what_was_narrowed_by_hand_stays_so_over_a_restart(
+    attached: tuple[Supervisor, Managed, Recorder, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor, made, _, file = attached
+    write(file, 'access = "rw"')
+    supervisor.reload()
+    nodes: dict[str, str] = {}
+    store: Any = SimpleNamespace(
+        transaction=lambda write: write(store),
+        read=lambda path: "/vm/" + made.owner.id.uuid if path.endswith("/vm") else nodes.get(path),
+        write=nodes.__setitem__,
+        **dict.fromkeys(("remove", "mkdir", "set_permissions"), lambda *_: None),
+    )
+    for narrowed in (True, False):
+        xenbus.create(store, made.owner.id, 0, made.grant, narrowed=narrowed)
+        guest = Guest(made.owner.id)
+        monkeypatch.setattr(supervisor, "_watch", lambda _: None)
+        supervisor._adopt_device(guest, xenbus._left(store, 1, 0), None)
+        supervisor._renew(guest.devices[0])
+        assert guest.devices[0].grant.readonly is narrowed
+
+
+def test_a_device_is_made_anew_as_it_was_if_its_groups_are_too_many(
+    attached: tuple[Supervisor, Managed, Recorder, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    supervisor, managed, _, file = attached
+    before = managed.terms
+    write(file, 'groups = "host"\naccess = "rw"')
+    monkeypatch.setattr(users, "MOST_NUMBERS", 0)
+    supervisor.reload()
+    supervisor._renew(managed)
+    assert managed.terms == before
+    assert managed.grant.readonly
+    assert "is made anew as it was: the host has more than 0 users and groups" in caplog.text
+
+
+def test_the_last_terms_count_if_the_worker_is_not_there_yet(tmp_path: Path) -> None:
+    worker = Worker(Loop(), tmp_path / "worker.sock", lambda: None, lambda *_: None)
+    worker.map([])
+    for number in (1, 2, 1):
+        worker.settle({"limits": {"max_fids": number}})
+    assert worker._wanted == [{"do": "map", "rings": []}, {"do": "settle", "limits": {"max_fids": 1}}]
+
+
+def test_new_terms_reach_all_workers_before_xenstore_is_asked(
+    attached: tuple[Supervisor, Managed, Recorder, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor, managed, worker, file = attached
+    first = supervisor.guests.pop(1)
+    supervisor.guests = {0: Guest(GuestId(0, "g0", "v")), 1: first}
+
+    def broken(_guest: Guest) -> None:
+        raise XenStoreError("xenstored has gone")
+
+    monkeypatch.setattr(supervisor, "give", broken)
+    write(file, "special = true")
+    with pytest.raises(XenStoreError):
+        supervisor.reload()
+    assert worker.told == [managed.terms]
+    assert from_plain(managed.terms["users"]).special
 
 
 def test_a_quota_that_cannot_be_had_keeps_the_export_back(

@@ -18,6 +18,7 @@ from . import image
 from .errors import TestbedError
 
 QEMU = "qemu-system-x86_64"
+RUNNING = frozenset({"running", ""})  # what status() says of a machine that is to be left alone
 # AMD without SMAP and AVX: under emulation the only choice with which dom0 boots, data stay whole (QEMU 7.2
 # miscomputes AVX) and Xen needs no Meltdown mitigation. svm and npt are for PVH and HVM guests.
 TCG_CPU = "qemu64,+svm,+npt,+ssse3,+sse4.1,+sse4.2,+popcnt"
@@ -78,10 +79,10 @@ class Vm:
         old = self.recorded()
         if self.pid() is not None:
             status = self.status()
-            if old == spec and status in {"running", ""}:
+            if old == spec and status in RUNNING:
                 return []
             # What QEMU has stopped does not hear the power button.
-            self.stop(*([] if status == "running" else [0.0]))
+            self.stop(*([] if status in RUNNING else [0.0]))
             done.append("stopped: its settings changed" if old != spec else f"stopped: QEMU had it in state {status}")
         self.dir.mkdir(parents=True, exist_ok=True)
         # Without a record (a run was killed, or wrote another form of it) the disk itself has to tell.
@@ -171,7 +172,10 @@ class Vm:
             raise TestbedError(f"QEMU did not start: {reason}{remedy}")
 
     def status(self) -> str:
-        """Return QEMU's word for the machine's state: "running", or say "internal-error"; "" when nobody can tell."""
+        """Return QEMU's word for the machine's state: "running", or say "internal-error"; "" when nobody can tell.
+
+        A monitor that is slow to answer (QEMU under load) is no reason to kill a machine.
+        """
         return str(self._command("query-status").get("status", ""))
 
     def _command(self, name: str) -> dict[str, Any]:

@@ -135,6 +135,8 @@ def explained(key: Key | None) -> Iterator[None]:
             raise AuthError(
                 f"the server refuses the key {name!r}", "is it in the server's file, and for this user?"
             ) from None
+        if error.errno == errno.EAGAIN and key:
+            raise AuthError("the server has refused too often", f"try again in {PAUSE:g} s") from None
         raise
 
 
@@ -146,8 +148,6 @@ def asking(key: Key) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):
             raise AuthError(f"the server wants no key, {key.name!r} proves nothing there", "leave it out") from None
-        if error.errno == errno.EAGAIN:
-            raise AuthError("the server has refused too often", f"try again in {PAUSE:g} s") from None
         raise
 
 

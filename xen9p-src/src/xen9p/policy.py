@@ -43,6 +43,7 @@ VERSION: Final = 1
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}")
 _GUEST: Final = re.compile(r"[A-Za-z0-9._*?\[\]!:+@-]{1,255}")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 _RULE_KEYS: Final = (
     "guest", "uuid", "export", "tag", "access", "attach", "frontend",
     "checks", "identity", "groups", "special", "limits", "quota",
@@ -218,7 +219,7 @@ def parse(text: str, source: str = "policy") -> Policy:
     """The policy in a string, without a look at the file system."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers without end and of lists in lists
         raise PolicyError(f"{source}: {_one_line(error)}", "see https://toml.io") from None
     return from_document(document, source)
 
@@ -418,8 +419,10 @@ class _Parser:
         found: dict[int, tuple[int, ...]] = {}
         for user, gids in value.items():
             good = isinstance(gids, list) and all(type(n) is int and 0 <= n <= MOST_ID for n in gids)
-            if not str(user).isdigit() or int(user) > MOST_ID:
-                self.problems.append(f'{where}: groups has a user "{user}" (write the number that it has in the guest)')
+            if not _NUMBER.fullmatch(user) or int(user) > MOST_ID:
+                self.problems.append(
+                    f'{where}: groups has a user "{user:.40}" (write the number that it has in the guest)'
+                )
             elif not good or not 1 <= len(gids) <= users.MOST_GROUPS:
                 self.problems.append(
                     f"{where}: groups of user {user} are {gids!r:.60} (write 1 to {users.MOST_GROUPS} numbers, its own "

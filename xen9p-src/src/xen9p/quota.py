@@ -6,11 +6,14 @@ directory gets a project, and the project a quota. Debian's own tools do it: btr
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import struct
 import subprocess
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,6 +24,12 @@ SUBVOLUME: Final = 256
 """The inode of every btrfs subvolume's top, and of nothing else there."""
 PROJECT_KINDS: Final = ("ext4", "xfs")
 TIMEOUT: Final = 60.0
+
+# linux/fs.h
+FS_IOC_FSGETXATTR: Final = 0x801C581F
+FS_XFLAG_PROJINHERIT: Final = 0x200
+FSXATTR: Final = struct.Struct("=I8xI12x")
+"""struct fsxattr: fsx_xflags, fsx_projid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,10 @@ def problems(quotas: Mapping[Path, Quota]) -> list[str]:
         other = names.setdefault(project_of(path), path)
         if other != path:
             found.append(f"quota of {path}: its project is that of {other} as well (rename one of the directories)")
+        for above in quotas.keys() & set(path.parents):
+            with suppress(OSError):  # said above
+                if mount_of(path) == mount_of(above) and mount_of(path).kind in PROJECT_KINDS:
+                    found.append(f"quota of {path}: it is in {above}, which has one too (a file has one project only)")
     return found
 
 
@@ -113,10 +126,44 @@ def enforce(path: Path, quota: Quota) -> None:
     remedy = f"mount {mount.point} with prjquota" + (
         "; ext4 takes tune2fs -O project,quota before" if mount.kind == "ext4" else ""
     )
-    _run(path, ["chattr", "-R", "-f", "+P", "-p", number, str(path)], remedy, may_fail=True)  # special files have none
+    if not joined(path, int(number)):
+        _join(path, number, remedy)
     # setquota counts in KiB; 0 is none. Soft limits are not used.
     limits = ["0", str(-(-quota.bytes // 1024)), "0", str(quota.files)]
     _run(path, ["setquota", "-P", number, *limits, str(mount.point)], remedy)
+
+
+def joined(path: Path, project: int) -> bool:
+    """Whether a directory is in a project and gives it to what is made there. What comes from elsewhere then is a copy,
+    because nothing can be renamed or linked from one project to another.
+    """
+    attributes = bytearray(FSXATTR.size)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, FS_IOC_FSGETXATTR, attributes)
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    flags, number = FSXATTR.unpack(attributes)
+    return bool(flags & FS_XFLAG_PROJINHERIT) and number == project
+
+
+def _join(path: Path, number: str, remedy: str) -> None:
+    """Puts a directory with all that is in it into a project. It takes long, and goes by names that a guest may change
+    meanwhile: so it is done once.
+    """
+    try:
+        _run(
+            path, ["chattr", "-R", "-f", "+P", "-p", number, str(path)], remedy, may_fail=True
+        )  # special files have none
+    except Xen9pError:
+        _run(
+            path, ["chattr", "-p", "0", str(path)], remedy, may_fail=True
+        )  # it comes first, and would say that all is in
+        raise
+    _run(path, ["chattr", "+P", "-p", number, str(path)], remedy)  # without it the limits would bound nothing
 
 
 def project_of(path: Path) -> int:

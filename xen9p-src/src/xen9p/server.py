@@ -126,7 +126,7 @@ def _auth(device: DataPlane, msg: codec.Tauth) -> Message:
 
 def _mkdir(device: DataPlane, msg: codec.Tmkdir) -> Message:
     name = check_name(msg.name)
-    with device.fid(msg.dfid) as parent, device.making(parent.uid, msg.gid) as made:
+    with device.fid(msg.dfid) as parent, device.making(parent, msg.gid) as made:
         os.mkdir(name, msg.mode & 0o7777, dir_fd=_directory(parent))
         with _made(parent.path_fd, name) as fd:
             if msg.mode & 0o6000:  # mkdir(2) drops the set-id bits
@@ -141,7 +141,7 @@ def _symlink(device: DataPlane, msg: codec.Tsymlink) -> Message:
         raise _fail(errno.ENAMETOOLONG)
     if not msg.target or b"\0" in msg.target:
         raise _fail(errno.EINVAL)
-    with device.fid(msg.fid) as parent, device.making(parent.uid, msg.gid) as made:
+    with device.fid(msg.fid) as parent, device.making(parent, msg.gid) as made:
         os.symlink(msg.target, name, dir_fd=_directory(parent))
         with _made(parent.path_fd, name) as fd:
             made(fd)
@@ -154,7 +154,7 @@ def _mknod(device: DataPlane, msg: codec.Tmknod) -> Message:
         raise _fail(errno.EINVAL)
     if stat.S_IFMT(msg.mode) not in (0, stat.S_IFREG) and not device.users.special:
         raise _fail(errno.EPERM)
-    with device.fid(msg.dfid) as parent, device.making(parent.uid, msg.gid) as made:
+    with device.fid(msg.dfid) as parent, device.making(parent, msg.gid) as made:
         os.mknod(name, msg.mode, os.makedev(msg.major, msg.minor), dir_fd=_directory(parent))
         with _made(parent.path_fd, name) as fd:
             made(fd)

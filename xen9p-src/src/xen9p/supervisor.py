@@ -279,12 +279,12 @@ class Supervisor:
 
     # Devices.
 
-    def attach(self, guest: Guest, grant: Grant) -> Managed:
+    def attach(self, guest: Guest, grant: Grant, *, narrowed: bool = False) -> Managed:
         """Makes a new device for a guest and waits for its frontend. NoGuestError if it has gone."""
         devid = guest.new_devid(xenbus.used_devids(self.store, guest.id.domid))
         managed = Managed(guest, devid, grant, Device())
-        managed.terms = _terms(grant)
-        xenbus.create(self.store, guest.id, devid, grant)
+        managed.terms, managed.narrowed = _terms(grant), narrowed
+        xenbus.create(self.store, guest.id, devid, grant, narrowed=narrowed)
         guest.devices[devid] = managed
         managed.say("info", f"attached export={grant.export} access={_access(grant)} path={grant.path}")
         self._watch(managed)
@@ -406,7 +406,7 @@ class Supervisor:
         del guest.devices[old]
         managed.devid = new
         try:
-            xenbus.create(self.store, guest.id, new, managed.grant)
+            xenbus.create(self.store, guest.id, new, managed.grant, narrowed=managed.narrowed)
         except NoGuestError:
             self.rescan()
             return
@@ -466,11 +466,17 @@ class Supervisor:
     def _renew(self, managed: Managed) -> None:
         """A device that is made anew is made by the policy of now; without a rule as it was."""
         now = self._now(managed)
-        problems = self._problems(now) if now else []
+        if now is None:
+            return
+        problems = self._problems(now)
+        try:
+            terms = _terms(now)
+        except PolicyError as error:
+            problems = [*problems, str(error)]
         for problem in problems:
             managed.say("error", f"is made anew as it was: {problem}")
-        if now is not None and not problems:
-            managed.grant, managed.terms, managed.later = now, _terms(now), ""
+        if not problems:
+            managed.grant, managed.terms, managed.later = now, terms, ""
 
     # Workers.
 
@@ -583,6 +589,7 @@ class Supervisor:
         machine = Device(phase, published, rings)
         machine.reason = left.failed
         managed = Managed(guest, left.devid, left.grant, machine)
+        managed.narrowed = left.narrowed
         # Of a worker that is gone nobody knows; then what is safest, until _settle() finds a rule.
         managed.deaf = found is not None and not found.hello.keys() >= set(_TERMS)
         known = found is not None and not managed.deaf
@@ -651,6 +658,8 @@ class Supervisor:
             guest.detached -= {grant.tag for grant in after if grant not in before}
             for managed in list(guest.devices.values()):
                 self._settle(managed)
+        # Last: XenStore may break under it, and that must leave no worker with the old terms.
+        for guest in list(self.guests.values()):
             self.give(guest)
 
     def _release(self, old: Policy) -> None:
@@ -689,11 +698,10 @@ class Supervisor:
         def attach() -> None:
             guest.detached.discard(grant.tag)
             try:
-                made = self.attach(guest, grant)
+                made = self.attach(guest, grant, narrowed=request.readonly)
             except (NoGuestError, PolicyError) as error:
                 answer(refusal(error))
                 return
-            made.narrowed = request.readonly
             answer({"ok": True, "domid": guest.id.domid, "devid": made.devid, "tag": grant.tag})
 
         old = guest.by_tag(grant.tag)

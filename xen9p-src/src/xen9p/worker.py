@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def prepare_process() -> None:
 
 
 def limits(wanted: Mapping[str, int] | None = None) -> Limits:
-    """The limits of a device: as wanted, and else as many fids as the process may have descriptors for.
+    """The limits of a device: as wanted, but no more fids than the process may have descriptors for.
 
     A guest with cache=loose keeps a fid for every name that it has in its dentry cache, so there are many; an open
     fid has two descriptors.
@@ -80,10 +80,11 @@ def limits(wanted: Mapping[str, int] | None = None) -> Limits:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_FIDS if soft == resource.RLIM_INFINITY else min(MOST_FIDS, (soft - RESERVED_FDS) // 2)
     try:
-        return Limits(**({"max_fids": max(most, 16)} | dict(wanted or {})))
+        found = Limits(**({"max_fids": MOST_FIDS} | dict(wanted or {})))
     except TypeError:
         unknown = sorted(set(wanted or {}) - {field.name for field in fields(Limits)})
         raise Xen9pError(f"there is no limit called {', '.join(unknown)}", errno=errno.EINVAL) from None
+    return replace(found, max_fids=min(found.max_fids, max(most, 16)))
 
 
 class Worker:
@@ -259,8 +260,6 @@ class Worker:
                     self._told.notify_all()
                     if self.device:
                         self.device.stop()
-                case "limits":
-                    self._limit(order.get("limits"))
                 case "stats" if self.device:
                     self._send(client, {"event": "stats"} | dict(self.device.stats()))
                 case "metrics" if self.device:
@@ -277,18 +276,6 @@ class Worker:
         device.set_limits(wanted)
         self.request = {**self.request, **{name: order[name] for name in TERMS}}
         return ""
-
-    def _limit(self, wanted: Any) -> None:
-        """Puts new limits into force: all of them, what is not named gets its default. Bad ones change nothing."""
-        try:
-            if not isinstance(wanted, Mapping):
-                raise Xen9pError("limits are names and numbers")
-            self._limits = limits(wanted)
-        except Xen9pError as error:
-            LOG.warning("limits stay as they are: %s", error)
-            return
-        if self.device:
-            self.device.set_limits(self._limits)
 
     def _finish(self, event: dict[str, Any]) -> None:
         with self._lock:

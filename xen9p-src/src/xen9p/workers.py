@@ -103,15 +103,12 @@ class Worker:
 
     def settle(self, terms: Object) -> None:
         """Tells it other terms: "users" and "limits", as in the request that started it."""
+        self._wanted = [order for order in self._wanted if order["do"] != "settle"]  # the last ones count
         self._ask({"do": "settle", **terms})
 
     def stop(self) -> None:
         """Asks it to drain and end."""
         self._ask({"do": "stop"})
-
-    def limit(self, limits: Object) -> None:
-        """Puts new limits into force, by the names of dataplane.Limits; what is not named gets its default."""
-        self._ask({"do": "limits", "limits": dict(limits)})
 
     def _ask(self, order: Object) -> None:
         if self._channel is not None:

@@ -54,6 +54,8 @@ class Left:
     grant: Grant
     state: int | None
     failed: str
+    narrowed: bool = False
+    """To "ro", by hand."""
 
 
 def backend_path(domid: int, devid: int) -> str:
@@ -94,7 +96,7 @@ def state(store: XenStore, directory: str) -> int | None:
     return int(text) if _U32.fullmatch(text) else -1
 
 
-def create(store: XenStore, who: GuestId, devid: int, grant: Grant) -> None:
+def create(store: XenStore, who: GuestId, devid: int, grant: Grant, *, narrowed: bool = False) -> None:
     """Makes both directories anew in one transaction; the backend waits for the frontend's rings (2).
 
     Permissions come before content, which inherits them. All that a frontend reads is there together with
@@ -119,6 +121,7 @@ def create(store: XenStore, who: GuestId, devid: int, grant: Grant) -> None:
             ("host/export", grant.export),
             ("host/path", str(grant.path)),
             ("host/access", "ro" if grant.readonly else "rw"),
+            ("host/narrowed", "1" if narrowed else "0"),
             ("frontend", front),
             ("frontend-id", str(domid)),
             ("online", "1"),
@@ -224,4 +227,5 @@ def _left(store: XenStore, domid: int, devid: int) -> Left:
         frontend="user" if (store.read(f"{back}/frontend") or "").split("/")[-2:-1] == ["xen9p"] else "kernel",
     )
     uuid = store.read(f"{back}/host/uuid") or ""
-    return Left(domid, devid, uuid, grant, state(store, back), store.read(f"{back}/host/failed") or "")
+    failed, narrowed = store.read(f"{back}/host/failed") or "", store.read(f"{back}/host/narrowed") == "1"
+    return Left(domid, devid, uuid, grant, state(store, back), failed, narrowed)

@@ -345,17 +345,17 @@ class DataPlane:
         yield
 
     @contextmanager
-    def making(self, uid: int, gid: int) -> Iterator[Callable[[int], None]]:
-        """What this thread makes belongs to a user and a group of the guest's, by the guest's numbers, as far as they
-        may. What is given is a function to be called with a descriptor of what was made.
+    def making(self, parent: Fid, gid: int) -> Iterator[Callable[[int], None]]:
+        """What this thread makes in a directory belongs to the fid's user and a group of the guest's, by the guest's
+        number, as far as they may. What is given is a function to be called with a descriptor of what was made.
 
         Raises:
             OSError: EOVERFLOW, one of them has no number on the host.
         """
         give = ffi.new("uint32_t *")
-        _raise(lib.x9_act_to_make(self._dev, uid, gid, give))
+        _raise(lib.x9_act_to_make(self._dev, parent.uid, gid, give))
         try:
-            yield lambda fd: _raise(lib.x9_give_group(fd, give[0]))
+            yield lambda fd: _raise(lib.x9_give_group(parent.path_fd, fd, give[0]))
         finally:
             lib.x9_act_done(self._dev)
 

@@ -100,7 +100,7 @@ int x9_locate(x9_dev *dev, int fd, char *name256);
 int x9_dev_set_users(x9_dev *dev, const x9_users *users);
 int x9_act_as(x9_dev *dev, uint32_t guest_uid);
 int x9_act_to_make(x9_dev *dev, uint32_t guest_uid, uint32_t guest_gid, uint32_t *give);
-int x9_give_group(int fd, uint32_t gid);
+int x9_give_group(int dir, int fd, uint32_t gid);
 void x9_act_as_server(void);
 void x9_act_done(x9_dev *dev);
 

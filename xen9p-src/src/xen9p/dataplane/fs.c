@@ -501,7 +501,7 @@ static int h_lcreate(struct x9_call *call)
     }
     int io = open_beneath(dir->path_fd, name, (uint32_t)open_flags(wire) | O_CREAT | O_EXCL | O_NOCTTY, mode & 07777, 0);
     if (io >= 0 && give != X9_NOID)
-        give_group(io, give); /* if not, it keeps the user's own: no harm done */
+        give_group(dir->path_fd, io, give); /* if not, it keeps the user's own: no harm done */
     act_done(call->dev);
     if (io == -EEXIST && !(wire & O_EXCL)) {
         /* It may be a FIFO that somebody put there: look first. */

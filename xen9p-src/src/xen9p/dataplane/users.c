@@ -242,18 +242,23 @@ void act_done(const struct x9_dev *dev)
         act_as_server();
 }
 
-/* Gives what this thread has just made to a group, unless the directory has decided about it already. Not with the rights of
- * that group: set-group-id goes, and stays the server's to refuse. Returns 0 or an errno. */
-int give_group(int fd, uint32_t gid)
+/* Gives what this thread has just made in dir to a group, unless the directory decides about that, or somebody has put
+ * another's file under its name meanwhile. Not with the rights of that group: set-group-id goes, and stays the server's to
+ * refuse. Returns 0 or an errno. */
+int give_group(int dir, int fd, uint32_t gid)
 {
     char path[X9_FD_PATH];
     struct stat st;
 
     if (gid == X9_NOID)
         return 0;
+    if (fstatat(dir, "", &st, AT_EMPTY_PATH))
+        return errno;
+    if (st.st_mode & S_ISGID)
+        return 0;
     if (fstatat(fd, "", &st, AT_EMPTY_PATH))
         return errno;
-    if (st.st_gid != me.gid)
+    if (st.st_uid != me.uid || st.st_gid != me.gid)
         return 0;
     act_as_server();
     if (fchownat(fd, "", (uid_t)-1, gid, AT_EMPTY_PATH))
@@ -272,7 +277,7 @@ int x9_act_as(x9_dev *dev, uint32_t guest_uid) { return act_as(dev, guest_uid); 
 int x9_act_to_make(x9_dev *dev, uint32_t uid, uint32_t gid, uint32_t *give) { return act_to_make(dev, uid, gid, give); }
 void x9_act_as_server(void) { act_as_server(); }
 void x9_act_done(x9_dev *dev) { act_done(dev); }
-int x9_give_group(int fd, uint32_t gid) { return give_group(fd, gid); }
+int x9_give_group(int dir, int fd, uint32_t gid) { return give_group(dir, fd, gid); }
 
 /* Changing the filesystem uid must not change capabilities by itself: what a thread has is decided here alone. Inherited by
  * threads that start later. */

@@ -401,7 +401,7 @@ extern __thread struct x9_me me;
 int act_as_slowly(const struct x9_dev *dev, uint32_t guest_uid);
 int act_to_write(const struct x9_dev *dev, uint32_t guest_uid);
 int act_to_make(const struct x9_dev *dev, uint32_t guest_uid, uint32_t guest_gid, uint32_t *give);
-int give_group(int fd, uint32_t gid);
+int give_group(int dir, int fd, uint32_t gid);
 void act_as_server(void);
 void act_done(const struct x9_dev *dev);
 bool checks_here(const struct x9_dev *dev);

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 
 from lab import BACKEND, Dom0, connect, scratch, wait_until
 
@@ -189,7 +188,9 @@ def test_the_host_checks_what_a_user_may(dom0: Dom0) -> None:
 def test_numbers_and_terms_change_under_a_mount(dom0: Dom0) -> None:
     """Ranges, then a squash, then no special files, by reload: worker, mount and open files stay."""
     g1, path = connect("g1"), "/srv/xen9p/home/.mapped"
-    dom0.out(f"mkdir -p {path} && chmod 777 {path}")  # sticky: a guest with fs.protected_regular refuses files of others
+    dom0.out(
+        f"mkdir -p {path} && chmod 777 {path}"
+    )  # sticky: a guest with fs.protected_regular refuses files of others
     ranges = rule("g1", "mapped", path, "special = true\nidentity = {map = [[0, 100000, 65536]]}")
     squash = rule("g1", "mapped", path, "identity = {squash = {uid = 4321, gid = 4322}}")
     try:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 from lab import BACKEND, Dom0, connect, scratch, wait_until
 
 MOUNT = "mount -t 9p -o trans=xen,version=9p2000.L,msize=524288"

@@ -238,7 +238,7 @@ static int wait_for_events(floor_server *floor, int timeout_ms)
     uint64_t count;
     nfds_t n = 0;
 
-    fds[n++] = (struct pollfd){dev->stop_fd, POLLIN, 0};
+    fds[n++] = (struct pollfd){dev->wake_fd, POLLIN, 0};
     if (dev->evt_fd >= 0)
         fds[n++] = (struct pollfd){dev->evt_fd, POLLIN, 0};
     for (uint32_t i = 0; i < dev->nlinks; i++)
@@ -312,7 +312,7 @@ floor_server *floor_new(uint64_t size, uint32_t files, uint32_t spin_us)
         return NULL;
     floor->size = size, floor->files = files, floor->spin_us = spin_us;
     floor->dev.gnt_fd = floor->dev.evt_fd = -1;
-    floor->dev.stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    floor->dev.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     floor->dev.config.max_msize = FLOOR_IO;
     memset(floor->content, 0x5a, sizeof floor->content);
     return floor;
@@ -383,7 +383,7 @@ void floor_stop(floor_server *floor)
 {
     uint64_t one = 1;
 
-    (void)!write(floor->dev.stop_fd, &one, sizeof one);
+    (void)!write(floor->dev.wake_fd, &one, sizeof one);
 }
 
 uint64_t floor_requests(floor_server *floor) { return floor->dev.requests; }
@@ -403,6 +403,6 @@ void floor_free(floor_server *floor)
         close(floor->dev.evt_fd);
     if (floor->dev.gnt_fd >= 0)
         close(floor->dev.gnt_fd);
-    close(floor->dev.stop_fd);
+    close(floor->dev.wake_fd);
     free(floor);
 }

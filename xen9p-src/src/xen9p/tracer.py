@@ -8,6 +8,7 @@ import errno
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any, Final
 
@@ -20,6 +21,22 @@ DATA: Final = 64
 """Bytes of file data in a record, where nobody says otherwise."""
 PAUSE: Final = 0.02
 """Seconds between two looks at an empty queue: the data plane wakes nobody for a trace."""
+HANDOVER: Final = 1.0
+"""Seconds that a trace has to end after its client is gone."""
+
+
+def _start(device: DataPlane, data: int, over: Callable[[], bool]) -> None:
+    """Starts a trace; waits for one whose client has just hung up to notice that."""
+    deadline = time.monotonic() + HANDOVER
+    while True:
+        try:
+            device.trace_start(data)
+        except OSError as error:
+            if error.errno != errno.EBUSY or over() or time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE)
+        else:
+            return
 
 
 def ship(device: DataPlane, client: socket.socket, data: int, over: Callable[[], bool]) -> None:
@@ -28,7 +45,7 @@ def ship(device: DataPlane, client: socket.socket, data: int, over: Callable[[],
     A client that does not read fills the data plane's queue and then misses records; how many, each line says.
     """
     try:
-        device.trace_start(data)
+        _start(device, data, over)
     except OSError as error:
         taken = error.errno == errno.EBUSY
         why = "somebody traces this device already" if taken else f"cannot trace: {error.strerror}"

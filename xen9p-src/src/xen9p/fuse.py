@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ _FLAGS: Final = (
 )
 _BATCH: Final = 32
 _CAPABILITY: Final = b"security.capability"
+_CAPABILITY_SECONDS: Final = 1.0  # what others do to a program's capabilities is seen after that
 _XATTR_REPLACE: Final = 2
 
 
@@ -232,7 +234,7 @@ class Filesystem:
             if fields.update_size:
                 self.cache.invalidate_data(inode)
         if fields.update_mode or fields.update_uid or fields.update_size:
-            node.no_capability = False
+            node.no_capability_until = 0.0
         return self._entry(inode, await self._attributes(inode, fid))
 
     @_answers
@@ -532,18 +534,18 @@ class Filesystem:
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         """An extended attribute's value."""
         node = self.nodes.known(inode)
-        if name == _CAPABILITY and node.no_capability:
+        if name == _CAPABILITY and time.monotonic() < node.no_capability_until:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         try:
             return await self.client.getxattr(self.nodes.fid(inode), name)
         except OSError as error:
             if name == _CAPABILITY and error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                node.no_capability = True
+                node.no_capability_until = time.monotonic() + _CAPABILITY_SECONDS
             raise
 
     @_answers
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
-        """Sets an extended attribute."""
+        """Sets an extended attribute. pyfuse3 keeps XATTR_CREATE and XATTR_REPLACE: it calls getxattr before."""
         await self._set_xattr(inode, name, value, 0)
 
     @_answers
@@ -565,5 +567,5 @@ class Filesystem:
     async def _set_xattr(self, inode: int, name: bytes, value: bytes, flags: int) -> None:
         node = self.nodes.known(inode)
         await self.client.setxattr(self.nodes.fid(inode), name, value, flags)
-        node.no_capability = False
+        node.no_capability_until = 0.0
         self._changed(inode)

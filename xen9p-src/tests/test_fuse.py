@@ -207,6 +207,21 @@ def test_the_timed_cache_asks_again_when_it_is_time(export: Path, tmp_path: Path
         assert (export / "f").read_bytes() == b"newtwo"
 
 
+def test_a_link_count_after_a_name_that_the_cache_has_forgotten(export: Path, tmp_path: Path) -> None:
+    """The kernel knows the name longer than the cache does: it asked again, and was answered from the cache."""
+    (export / "f").touch()
+    os.link(export / "f", export / "g")
+    with mounted(export, tmp_path, "--cache", "timed") as here:
+        assert (here / "f").stat().st_nlink == 2
+        time.sleep(0.6)
+        with pytest.raises(FileExistsError):
+            os.open(here / "f", os.O_CREAT | os.O_EXCL)
+        time.sleep(0.6)
+        assert (here / "g").stat().st_nlink == 2
+        (here / "f").unlink()
+        assert (here / "g").stat().st_nlink == 1
+
+
 @pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDWR | os.O_APPEND])
 def test_the_timed_cache_knows_what_has_been_written(export: Path, tmp_path: Path, flags: int) -> None:
     content = bytearray(os.urandom(300_000))

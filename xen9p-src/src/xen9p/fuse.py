@@ -315,8 +315,23 @@ class Filesystem:
         """Removes an empty directory."""
         await self._remove(parent_inode, name, codec.AT_REMOVEDIR)
 
-    async def _remove(self, parent: int, name: bytes, flags: int) -> None:
+    async def _meant(self, parent: int, name: bytes) -> int | None:
+        """The file of a name that goes, if the cache may have attributes of it: other names of it have one link less.
+
+        The kernel may know the name for longer than the cache, and then asks nobody before.
+        """
         ino = self.cache.lookup(parent, name)
+        if ino is not None or type(self.cache).attr is Cache.attr:
+            return ino
+        try:
+            fid, qids = await self.client.walk_qids(self.nodes.fid(parent), name)
+        except OSError:
+            return None
+        self.client.forget(fid)
+        return self.nodes.ino(qids[-1].path)
+
+    async def _remove(self, parent: int, name: bytes, flags: int) -> None:
+        ino = await self._meant(parent, name)
         await self.client.unlinkat(self.nodes.fid(parent), name, flags)
         self._gone(parent, name, ino)
 
@@ -333,8 +348,8 @@ class Filesystem:
         """Moves a name. 9P2000.L has no RENAME_NOREPLACE and no RENAME_EXCHANGE: EINVAL, as from v9fs."""
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        moved = self.cache.lookup(parent_inode_old, name_old)
-        replaced = self.cache.lookup(parent_inode_new, name_new)
+        moved = await self._meant(parent_inode_old, name_old)
+        replaced = self.cache.lookup(parent_inode_new, name_new)  # this one the kernel has just asked for
         old, new = self.nodes.fid(parent_inode_old), self.nodes.fid(parent_inode_new)
         await self.client.renameat(old, name_old, new, name_new)
         self._gone(parent_inode_old, name_old, moved)

@@ -24,6 +24,9 @@ BAD = ("x" * 256, "a/.", ".", "./a//b")
 SIZES = (0, 1, 7, 4095, 4096, 5000, 131072, 300000)
 MODES = (0o644, 0o600, 0o755, 0o444, 0o000, 0o4755, 0o1777)
 MOST_OPEN = 6
+# The last two are refused by any kernel and by none; how much fits together is the filesystem's business: little.
+XATTRS = ("user.a", "user.b", "user.\u00fc", "user.", "nonsense")
+XATTR_SIZES = (0, 1, 100, 600)
 Outcome = tuple[str, Any]
 
 
@@ -197,6 +200,22 @@ class Twins:
 
         self.on_path(f"utime {ns} follow={follow}", act)
 
+    def setxattr(self) -> None:
+        name, value = self.random.choice(XATTRS), self.random.randbytes(self.random.choice(XATTR_SIZES))
+        flags = self.random.choice((0, 0, os.XATTR_CREATE, os.XATTR_REPLACE))
+        self.on_path(f"setxattr {name} {len(value)} flags={flags}", lambda path: os.setxattr(path, name, value, flags))
+
+    def getxattr(self) -> None:
+        name = self.random.choice(XATTRS)
+        self.on_path(f"getxattr {name}", lambda path: os.getxattr(path, name))
+
+    def listxattr(self) -> None:
+        self.on_path("listxattr", lambda path: sorted(os.listxattr(path)))
+
+    def removexattr(self) -> None:
+        name = self.random.choice(XATTRS)
+        self.on_path(f"removexattr {name}", lambda path: os.removexattr(path, name))
+
     def compare(self) -> None:
         """Everything in both trees."""
         self.both("the whole trees", lambda side: whole_tree(self.roots[side]))
@@ -207,7 +226,7 @@ class Twins:
         rare = (
             self.reopen, self.close, self.write, self.read, self.seek_end, self.ftruncate, self.fsync, self.fstat,
             self.truncate, self.list, self.rmdir, self.unlink, self.mkfifo, self.link, self.symlink, self.readlink,
-            self.chmod, self.chown, self.utime,
+            self.chmod, self.chown, self.utime, self.setxattr, self.getxattr, self.listxattr, self.removexattr,
         )  # fmt: skip
         try:
             for _ in range(count):
@@ -252,7 +271,9 @@ def whole_tree(root: str) -> list[tuple[Any, ...]]:
             s = os.lstat(path)
             extra: Any = read_whole(path) if stat.S_ISREG(s.st_mode) else None
             extra = os.readlink(path) if stat.S_ISLNK(s.st_mode) else extra
-            found.append((os.path.relpath(path, root), attributes(s), extra))
+            named = sorted(n for n in os.listxattr(path, follow_symlinks=False) if n.startswith("user."))
+            xattrs = [(n, os.getxattr(path, n, follow_symlinks=False)) for n in named]
+            found.append((os.path.relpath(path, root), attributes(s), extra, xattrs))
     return found
 
 

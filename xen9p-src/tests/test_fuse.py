@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
 import signal
@@ -13,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ import pytest
 import differential
 from serving import serve_unix
 from test_serve import serving
+from test_xattr import ACL, CAPABILITY
 from xen9p import auth, codec
 from xen9p.transport.stream_client import SocketTransport
 
@@ -204,6 +207,21 @@ def test_the_timed_cache_asks_again_when_it_is_time(export: Path, tmp_path: Path
         assert (export / "f").read_bytes() == b"newtwo"
 
 
+def test_a_link_count_after_a_name_that_the_cache_has_forgotten(export: Path, tmp_path: Path) -> None:
+    """The kernel knows the name longer than the cache does: it asked again, and was answered from the cache."""
+    (export / "f").touch()
+    os.link(export / "f", export / "g")
+    with mounted(export, tmp_path, "--cache", "timed") as here:
+        assert (here / "f").stat().st_nlink == 2
+        time.sleep(0.6)
+        with pytest.raises(FileExistsError):
+            os.open(here / "f", os.O_CREAT | os.O_EXCL)
+        time.sleep(0.6)
+        assert (here / "g").stat().st_nlink == 2
+        (here / "f").unlink()
+        assert (here / "g").stat().st_nlink == 1
+
+
 @pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDWR | os.O_APPEND])
 def test_the_timed_cache_knows_what_has_been_written(export: Path, tmp_path: Path, flags: int) -> None:
     content = bytearray(os.urandom(300_000))
@@ -222,6 +240,106 @@ def test_the_timed_cache_knows_what_has_been_written(export: Path, tmp_path: Pat
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         assert os.pread(fd, 400_000, 0) == content[:150_000]
         os.close(fd)
+
+
+def refused(err: int) -> AbstractContextManager[object]:
+    return pytest.raises(OSError, match=os.strerror(err))
+
+
+@pytest.mark.parametrize("cache", ["none", "timed"])
+def test_extended_attributes(export: Path, tmp_path: Path, cache: str) -> None:
+    (export / "f").touch()
+    with mounted(export, tmp_path, "--cache", cache, "--cache-seconds", "30") as here:
+        f, there = here / "f", export / "f"
+        assert os.listxattr(f) == []
+        os.setxattr(f, "user.a", b"one\0two", os.XATTR_CREATE)
+        with refused(errno.EEXIST):
+            os.setxattr(f, "user.a", b"three", os.XATTR_CREATE)
+        with refused(errno.ENODATA):
+            os.setxattr(f, "user.b", b"x", os.XATTR_REPLACE)
+        assert os.getxattr(there, "user.a") == b"one\0two"
+        os.setxattr(f, "user.a", b"", os.XATTR_REPLACE)  # through v9fs this removes; pyfuse3 does better
+        os.setxattr(f, "user.b", b"b" * 2000)
+        assert {name: os.getxattr(there, name) for name in os.listxattr(there)} == {
+            "user.a": b"",
+            "user.b": b"b" * 2000,
+        }
+        os.setxattr(there, "user.c", b"theirs")
+        assert sorted(os.listxattr(f)) == ["user.a", "user.b", "user.c"]
+        assert os.getxattr(f, "user.c") == b"theirs"
+        os.removexattr(f, "user.a")
+        for act in (os.getxattr, os.removexattr):
+            with refused(errno.ENODATA):
+                act(f, "user.a")
+        assert sorted(os.listxattr(there)) == ["user.b", "user.c"]
+        for name, err in (("trusted.x", errno.EOPNOTSUPP), ("user.xen9p.x", errno.EPERM)):
+            with refused(err):
+                os.setxattr(f, name, b"x")
+        os.symlink("f", here / "l")
+        with refused(errno.EPERM):
+            os.setxattr(here / "l", "user.a", b"x", follow_symlinks=False)
+
+
+def test_sizes_of_extended_attributes(export: Path, tmp_path: Path) -> None:
+    """What getxattr(2) and listxattr(2) say to who asks how much room it takes, and to who has too little."""
+    (export / "f").touch()
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mounted(export, tmp_path) as here:
+        path = os.fsencode(here / "f")
+        os.setxattr(path, b"user.a", b"12345")
+        room = ctypes.create_string_buffer(5)
+        for size, wants in ((0, 5), (5, 5), (4, -1)):
+            assert libc.getxattr(path, b"user.a", room, size) == wants
+            assert wants > 0 or ctypes.get_errno() == errno.ERANGE
+        assert room.raw == b"12345"
+        assert libc.listxattr(path, None, 0) == len(b"user.a\0")
+        assert libc.listxattr(path, room, 5) == -1
+        assert ctypes.get_errno() == errno.ERANGE
+        with refused(errno.E2BIG):
+            os.setxattr(path, b"user.a", bytes(65537))
+        # How much fits is for the server's filesystem to say, and its errno arrives: like there.
+        outcomes = []
+        for where in (path, os.fsencode(export / "f")):
+            try:
+                outcomes.append(str(os.setxattr(where, b"user.large", bytes(65536))))
+            except OSError as error:
+                outcomes.append(str(error.errno))
+        assert outcomes[0] == outcomes[1]
+        assert os.getxattr(path, b"user.a") == b"12345"
+
+
+def test_a_cache_is_told_of_extended_attributes(export: Path, tmp_path: Path) -> None:
+    """Setting one changes the file's ctime, an ACL its mode also: at once, whatever the kernel and the cache hold."""
+    (export / "f").touch(0o640)
+    with mounted(export, tmp_path, "--cache", "timed", "--cache-seconds", "30") as here:
+        f = here / "f"
+        for change in (
+            lambda: os.setxattr(f, "user.a", b"x"),
+            lambda: os.removexattr(f, "user.a"),
+            lambda: os.setxattr(f, "system.posix_acl_access", ACL),
+        ):
+            before = f.stat()
+            time.sleep(0.02)
+            change()
+            assert f.stat().st_ctime_ns > before.st_ctime_ns
+            assert f.stat().st_mode == (export / "f").stat().st_mode
+        assert stat.S_IMODE(f.stat().st_mode) == 0o740
+        assert os.getxattr(export / "f", "system.posix_acl_access") == ACL
+
+
+def test_capabilities_that_others_give_a_program(export: Path, tmp_path: Path) -> None:
+    (export / "f").touch()
+    with mounted(export, tmp_path) as here:
+        (here / "f").write_bytes(b"x")  # the kernel asks before it writes
+        with refused(errno.ENODATA):
+            os.getxattr(here / "f", "security.capability")
+        os.setxattr(export / "f", "security.capability", CAPABILITY)
+        time.sleep(1.1)
+        assert os.getxattr(here / "f", "security.capability") == CAPABILITY
+        (here / "f").write_bytes(b"y")
+        assert os.listxattr(export / "f") == []
+        os.setxattr(here / "f", "security.capability", CAPABILITY)
+        assert os.getxattr(here / "f", "security.capability") == CAPABILITY
 
 
 def test_a_read_only_mount(export: Path, tmp_path: Path) -> None:

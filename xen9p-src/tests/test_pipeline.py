@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -275,6 +275,38 @@ def test_asyncio_over_real_servers(export: Path, kind: str) -> None:
         served.close()
         theirs.close()
     assert list(export.iterdir()) == []
+
+
+def test_extended_attributes_for_asyncio(export: Path) -> None:
+    """Also a value that takes several messages, each after the one before; the file system may have no room for it."""
+    (export / "f").touch()
+    value = os.urandom(60_000)
+    says = 0
+    try:
+        os.setxattr(export / "f", "user.large", value)
+    except OSError as error:
+        says = error.errno or 0
+
+    async def main(transport: Transport) -> None:
+        client, root = await AsyncClient.connect(transport, msize=4096)
+        fid = await client.walk(root, b"f")
+        for _ in range(5):
+            with pytest.raises(OSError, match=os.strerror(says)) if says else nullcontext():
+                await client.setxattr(fid, b"user.large", value)
+        assert says or await client.getxattr(fid, b"user.large") == value
+        await client.setxattr(fid, b"user.a", value[:900])
+        assert await client.getxattr(fid, b"user.a") == value[:900]
+        await client.setxattr(fid, b"user.empty", b"")
+        with pytest.raises(FileExistsError):
+            await client.setxattr(fid, b"user.empty", b"x", os.XATTR_CREATE)
+        assert {b"user.a", b"user.empty"} <= set((await client.getxattr(fid)).split(b"\0"))
+        await client.setxattr(fid, b"user.a", b"", os.XATTR_REPLACE)
+        assert client.new_fid() < 10
+        client.close()
+
+    with serve_memory(export) as (rings, _):
+        asyncio.run(main(MemoryRingTransport(rings[0])))
+    assert set(os.listxattr(export / "f")) - {"user.large"} == {"user.empty"}
 
 
 def test_a_slow_request_delays_no_other(export: Path) -> None:

@@ -493,7 +493,9 @@ class AsyncClient:
         newfid = await self.walk(fid)
         try:
             await self.call(codec.Txattrcreate(newfid, name, len(value), flags), codec.Rxattrcreate)
-            await self.write_all(newfid, 0, value)
+            done = 0
+            while done < len(value):  # one after the other: a server may take no piece before what is in front of it
+                done += await self.write(newfid, done, value[done:])
         except BaseException:
             self.forget(newfid)
             raise

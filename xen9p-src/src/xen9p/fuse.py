@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ _FLAGS: Final = (
 )
 _BATCH: Final = 32
 _CAPABILITY: Final = b"security.capability"
+_CAPABILITY_SECONDS: Final = 1.0  # what others do to a program's capabilities is seen after that
 _XATTR_REPLACE: Final = 2
 
 
@@ -232,7 +234,7 @@ class Filesystem:
             if fields.update_size:
                 self.cache.invalidate_data(inode)
         if fields.update_mode or fields.update_uid or fields.update_size:
-            node.no_capability = False
+            node.no_capability_until = 0.0
         return self._entry(inode, await self._attributes(inode, fid))
 
     @_answers
@@ -313,8 +315,23 @@ class Filesystem:
         """Removes an empty directory."""
         await self._remove(parent_inode, name, codec.AT_REMOVEDIR)
 
-    async def _remove(self, parent: int, name: bytes, flags: int) -> None:
+    async def _meant(self, parent: int, name: bytes) -> int | None:
+        """The file of a name that goes, if the cache may have attributes of it: other names of it have one link less.
+
+        The kernel may know the name for longer than the cache, and then asks nobody before.
+        """
         ino = self.cache.lookup(parent, name)
+        if ino is not None or type(self.cache).attr is Cache.attr:
+            return ino
+        try:
+            fid, qids = await self.client.walk_qids(self.nodes.fid(parent), name)
+        except OSError:
+            return None
+        self.client.forget(fid)
+        return self.nodes.ino(qids[-1].path)
+
+    async def _remove(self, parent: int, name: bytes, flags: int) -> None:
+        ino = await self._meant(parent, name)
         await self.client.unlinkat(self.nodes.fid(parent), name, flags)
         self._gone(parent, name, ino)
 
@@ -331,8 +348,8 @@ class Filesystem:
         """Moves a name. 9P2000.L has no RENAME_NOREPLACE and no RENAME_EXCHANGE: EINVAL, as from v9fs."""
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        moved = self.cache.lookup(parent_inode_old, name_old)
-        replaced = self.cache.lookup(parent_inode_new, name_new)
+        moved = await self._meant(parent_inode_old, name_old)
+        replaced = self.cache.lookup(parent_inode_new, name_new)  # this one the kernel has just asked for
         old, new = self.nodes.fid(parent_inode_old), self.nodes.fid(parent_inode_new)
         await self.client.renameat(old, name_old, new, name_new)
         self._gone(parent_inode_old, name_old, moved)
@@ -532,18 +549,18 @@ class Filesystem:
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         """An extended attribute's value."""
         node = self.nodes.known(inode)
-        if name == _CAPABILITY and node.no_capability:
+        if name == _CAPABILITY and time.monotonic() < node.no_capability_until:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         try:
             return await self.client.getxattr(self.nodes.fid(inode), name)
         except OSError as error:
             if name == _CAPABILITY and error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                node.no_capability = True
+                node.no_capability_until = time.monotonic() + _CAPABILITY_SECONDS
             raise
 
     @_answers
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
-        """Sets an extended attribute."""
+        """Sets an extended attribute. pyfuse3 keeps XATTR_CREATE and XATTR_REPLACE: it calls getxattr before."""
         await self._set_xattr(inode, name, value, 0)
 
     @_answers
@@ -565,5 +582,5 @@ class Filesystem:
     async def _set_xattr(self, inode: int, name: bytes, value: bytes, flags: int) -> None:
         node = self.nodes.known(inode)
         await self.client.setxattr(self.nodes.fid(inode), name, value, flags)
-        node.no_capability = False
+        node.no_capability_until = 0.0
         self._changed(inode)

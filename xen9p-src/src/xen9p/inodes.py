@@ -24,8 +24,8 @@ class Node:
     lookups: int = 0
     changes: int = 0
     """Counts what has been done to it: an answer that was asked for before the last change is old."""
-    no_capability: bool = False
-    """It had no security.capability when the kernel asked last; it asks before every write."""
+    no_capability_until: float = 0.0
+    """It had no security.capability a moment ago (time.monotonic()); the kernel asks before every write."""
 
 
 @dataclass(slots=True)

@@ -50,7 +50,9 @@ def checks() -> list[Step]:
     """Return the checks, the slowest first."""
     scripts = [str(path) for path in _tracked() if _is_shell(path)]
     return [
-        Step("unit tests", [tool("pytest"), "-q", "--junit-xml=junit-unit.xml"]),
+        # Apart, so that they share the processors.
+        Step("package tests", [tool("pytest"), "-q", "--junit-xml=junit-package.xml", "xen9p-src/tests"]),
+        Step("unit tests", [tool("pytest"), "-q", "--junit-xml=junit-unit.xml", "tests/unit"]),
         Step("fuzz", [sys.executable, str(ROOT / "tools" / "fuzzing.py"), "--seconds", FUZZ_SECONDS]),
         Step("ansible-lint", [tool("ansible-lint"), "-q", "--offline"]),
         Step("mypy", [tool("mypy")]),

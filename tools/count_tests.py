@@ -1,8 +1,8 @@
 """Count the tests of a run from its JUnit reports, in one line: the last words of .ci/run.
 
-Usage: count_tests.py STATUS [FOLDER], with the exit status of `make test`. Reads junit-unit.xml and junit-lab.xml
-in FOLDER (default: here). A report that is missing or broken is a line of its own. Exits with 1 if any test failed,
-none ran, or a report is not whole.
+Usage: count_tests.py STATUS [FOLDER], with the exit status of `make test`. Reads junit-unit.xml, junit-package.xml
+and junit-lab.xml in FOLDER (default: here). A report that is missing or broken is a line of its own. Exits with 1 if
+any test failed, none ran, or a report is not whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-REPORTS = {"junit-unit.xml": "the unit tests", "junit-lab.xml": "the tests of the lab"}
+REPORTS = {
+    "junit-unit.xml": "the unit tests",
+    "junit-package.xml": "the tests of the package",
+    "junit-lab.xml": "the tests of the lab",
+}
 COUNTS = ("tests", "failures", "errors", "skipped")
 
 

@@ -142,7 +142,7 @@ def test_all_of_it_comes_back_after_a_reboot(dom0: Dom0) -> None:
         now = ask("host", "cat /proc/sys/kernel/random/boot_id")
         return now is not None and now != before
 
-    wait_until("the machine is back", back, 240)
+    wait_until("the machine is back", back, 480)
     assert dom0.out("systemctl is-system-running --wait || systemctl --failed --no-legend").strip() == "running"
     assert "control_d" in dom0.out("cat /proc/xen/capabilities")
     mount = dom0.host.mount_point("/srv/xen9p")

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Writes the menu of GRUB, and makes sure that its default is Xen: else a reboot would be for nothing.
+# Environment: MENU, the file of the menu (unset but in tests).
 set -eu
-menu=/boot/grub/grub.cfg
+menu=${MENU:-/boot/grub/grub.cfg}
 update-grub
 if ! grep -q '^ *set default=".*Xen' "$menu"; then
   echo "the default of $menu is not Xen; look for what sets GRUB_DEFAULT: grep -r GRUB_DEFAULT /etc/default" >&2

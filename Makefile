@@ -33,7 +33,7 @@ test: ## check, and then everything again on nested Xen, from nothing (Molecule)
 	@$(PYTHON) tools/check.py --molecule
 
 .PHONY: test-real-host
-test-real-host: ## roles/xen_host on a Debian machine with GRUB: packages, reboot, guards, removed again (Molecule)
+test-real-host: ## a Debian machine with GRUB becomes a Xen host, tested and removed (Molecule)
 	@tools/bootstrap lab
 	@PYTHONUNBUFFERED=1 .venv/bin/molecule test --scenario-name real_host
 

@@ -32,6 +32,11 @@ test: ## check, and then everything again on nested Xen, from nothing (Molecule)
 	@tools/bootstrap lab
 	@$(PYTHON) tools/check.py --molecule
 
+.PHONY: test-real-host
+test-real-host: ## a Debian machine with GRUB becomes a Xen host, tested and removed (Molecule)
+	@tools/bootstrap lab
+	@PYTHONUNBUFFERED=1 .venv/bin/molecule test --scenario-name real_host
+
 .PHONY: verify
 verify: ## the tests of the lab that stands
 	@tools/bootstrap installed

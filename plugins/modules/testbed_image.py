@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.testbed import image, manifest, mirror
+from ansible.module_utils.testbed import disk, image, manifest, mirror
 from ansible.module_utils.testbed.errors import TestbedError
 from ansible.module_utils.testbed.progress import Progress
 
@@ -30,6 +30,11 @@ options:
   masked_units: {type: list, elements: str, default: [], description: [Units that shall not run.]}
   files: {type: dict, default: {}, description: [Text files, by path.]}
   size: {type: int, required: true, description: [Size of the root filesystem in GiB.]}
+  boot:
+    type: str
+    choices: [xen, disk]
+    default: xen
+    description: [xen is a filesystem with Xen beside it; disk is a whole disk with GRUB that boots by itself.]
 author: [xen9p]
 """
 EXAMPLES = r"""
@@ -58,12 +63,14 @@ def main() -> None:
             "masked_units": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "dict", "default": {}},
             "size": {"type": "int", "required": True},
+            "boot": {"choices": ["xen", "disk"], "default": "xen"},
         },
         supports_check_mode=True,
     )
     values: dict[str, Any] = module.params
     cache = Path(values["cache_dir"])
-    spec = image.ImageSpec(
+    kind = disk.DiskSpec if values["boot"] == "disk" else image.ImageSpec
+    spec = kind(
         suite=values["suite"],
         sources=mirror.sources(values["suite"], values["mirror"]),
         packages=values["packages"],
@@ -74,7 +81,7 @@ def main() -> None:
     )
     target = image.location(cache, spec)
     cached = manifest.read(target) == spec.inputs()
-    reasons = [] if cached else manifest.changes(manifest.newest(cache, image.PREFIX), spec.inputs())
+    reasons = [] if cached else manifest.changes(manifest.newest(cache, spec.prefix), spec.inputs())
     note = f"image {target.name} is in the cache" if cached else f"a new image is needed: {'; '.join(reasons)}"
     result: dict[str, Any] = {"directory": str(target), "cached": cached, "note": note}
     if cached or module.check_mode:

@@ -32,6 +32,11 @@ options:
   store_size: {type: int, default: 20, description: [GiB of the second disk.]}
   ssh_port: {type: int, default: 2222, description: [The port of 127.0.0.1 that leads to its sshd.]}
   guests: {type: list, elements: dict, default: [], description: [Name and address of guests to reach.]}
+  boot:
+    type: str
+    choices: [xen, disk]
+    default: xen
+    description: [xen lets QEMU start the image's Xen; disk starts the boot loader on the image's disk.]
 author: [xen9p]
 """
 EXAMPLES = r"""
@@ -58,6 +63,7 @@ def main() -> None:
             "store_size": {"type": "int", "default": 20},
             "ssh_port": {"type": "int", "default": 2222},
             "guests": {"type": "list", "elements": "dict", "default": []},
+            "boot": {"choices": ["xen", "disk"], "default": "xen"},
         },
         required_if=[("state", "started", ["image"])],
     )
@@ -96,6 +102,7 @@ def start(machine: vm.Vm, values: dict[str, Any]) -> list[str]:
         dom0_memory=values["dom0_memory"],
         store_size=values["store_size"],
         ssh_port=values["ssh_port"],
+        boot=values["boot"],
     )
     done += machine.start(spec)
     return done

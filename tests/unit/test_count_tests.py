@@ -28,6 +28,16 @@ def test_two_whole_reports(tmp_path: Path) -> None:
     assert count_tests.summary(folder, 0) == (["8 passed, 0 failed, 2 skipped"], True)
 
 
+def test_the_real_host_counts_when_it_was_tested(tmp_path: Path) -> None:
+    folder = reports(tmp_path, GOOD.format(0), GOOD.format(0))
+    (folder / "junit-real-host.xml").write_text(GOOD.format(1))
+    assert count_tests.summary(folder, 0) == (["11 passed, 1 failed, 3 skipped"], False)
+    (folder / "junit-real-host.xml").write_text(GOOD[:30])
+    lines, well = count_tests.summary(folder, 0)
+    assert not well
+    assert lines[0].endswith("the tests of the real host were cut off")
+
+
 def test_a_failure_counts(tmp_path: Path) -> None:
     folder = reports(tmp_path, GOOD.format(0), GOOD.format(2))
     assert count_tests.summary(folder, 0) == (["6 passed, 2 failed, 2 skipped"], False)

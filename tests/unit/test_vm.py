@@ -58,6 +58,11 @@ def test_emulation_uses_the_processor_that_works() -> None:
     assert "host" in vm.qemu_command(vm.VmSpec(**{**vars(SPEC), "accelerator": "kvm"}))
 
 
+def test_a_machine_that_boots_by_itself_is_given_no_kernel() -> None:
+    assert "-kernel" in vm.qemu_command(SPEC)
+    assert not {"-kernel", "-initrd", "-append"} & set(vm.qemu_command(vm.VmSpec(**{**vars(SPEC), "boot": "disk"})))
+
+
 def test_keys_are_made_once_and_the_seed_carries_them(tmp_path: Path) -> None:
     assert access.write_all(tmp_path, 2222, GUESTS) is True
     assert access.write_all(tmp_path, 2222, GUESTS) is False

@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from . import lock, manifest
 from .errors import TestbedError
@@ -46,6 +46,8 @@ class ImageSpec:
     files: Mapping[str, str]
     size_mib: int
 
+    prefix: ClassVar[str] = PREFIX
+
     def inputs(self) -> dict[str, Any]:
         """Return everything that decides what is in the image: where it comes from does not, by intent."""
         code = "".join(inspect.getsource(part) for part in (_fill, _bootstrap, _take_boot_files))
@@ -60,10 +62,14 @@ class ImageSpec:
             "suite": self.suite,
         }
 
+    def fill(self, work: Path, progress: Progress) -> None:
+        """Make the image in the directory *work*; the manifest comes last."""
+        _fill(work, self, progress)
+
 
 def location(cache: Path, spec: ImageSpec) -> Path:
     """Return the directory in which this image is, or will be."""
-    return cache / f"{PREFIX}{manifest.digest(spec.inputs())}"
+    return cache / f"{spec.prefix}{manifest.digest(spec.inputs())}"
 
 
 def build(cache: Path, spec: ImageSpec, progress: Progress) -> Path:
@@ -82,10 +88,10 @@ def build(cache: Path, spec: ImageSpec, progress: Progress) -> Path:
 
 
 def _build(cache: Path, target: Path, spec: ImageSpec, progress: Progress) -> None:
-    _sweep(cache)
-    work = Path(tempfile.mkdtemp(prefix=f"{PREFIX}part-", dir=cache))
+    _sweep(cache, spec.prefix)
+    work = Path(tempfile.mkdtemp(prefix=f"{spec.prefix}part-", dir=cache))
     try:
-        _fill(work, spec, progress)
+        spec.fill(work, progress)
         owner = cache.stat()
         for path in [work, *work.iterdir()]:
             os.chown(path, owner.st_uid, owner.st_gid)
@@ -95,7 +101,7 @@ def _build(cache: Path, target: Path, spec: ImageSpec, progress: Progress) -> No
     finally:
         if work.exists():
             remove(work)
-    _prune(cache, keep=target)
+    _prune(cache, spec.prefix, keep=target)
 
 
 def _fill(work: Path, spec: ImageSpec, progress: Progress) -> None:
@@ -212,14 +218,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _sweep(cache: Path) -> None:
-    for path in cache.glob(f"{PREFIX}part-*"):
+def _sweep(cache: Path, prefix: str) -> None:
+    for path in cache.glob(f"{prefix}part-*"):
         remove(path)
 
 
-def _prune(cache: Path, keep: Path, count: int = 2) -> None:
+def _prune(cache: Path, prefix: str, keep: Path, count: int = 2) -> None:
     """Keep the newest *count* images: a running machine may still have the one before as its base."""
-    images = [d for d in cache.glob(f"{PREFIX}*") if d.is_dir() and d != keep]
+    images = [d for d in cache.glob(f"{prefix}*") if d.is_dir() and d != keep]
     images.sort(key=lambda d: d.stat().st_mtime, reverse=True)
     for path in images[count - 1 :]:
         remove(path)

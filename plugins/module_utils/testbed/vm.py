@@ -30,7 +30,10 @@ KERNEL_ARGS = f"root=/dev/vda rw console=hvc0 {LEAN} quiet loglevel=4 systemd.sh
 
 @dataclass(frozen=True)
 class VmSpec:
-    """One machine. Sizes of memory are in MiB, of disks in GiB; *image* is a directory made by `image.build`."""
+    """One machine. Sizes of memory are in MiB, of disks in GiB; *image* is a directory made by `image.build`.
+
+    *boot* is "xen" when QEMU starts Xen itself, "disk" when the firmware starts what the image's disk has.
+    """
 
     name: str
     image: str
@@ -40,6 +43,7 @@ class VmSpec:
     dom0_memory: int
     store_size: int
     ssh_port: int
+    boot: str = "xen"
 
 
 class Vm:
@@ -207,13 +211,15 @@ class Vm:
 
 
 def qemu_command(spec: VmSpec) -> list[str]:
-    """Return QEMU's command line: Xen is started directly, with dom0's kernel and initramfs as its modules."""
-    base = Path(spec.image)
+    """Return QEMU's command line: Xen is started directly, with dom0's kernel and initramfs as its modules.
+
+    With boot "disk" nothing is handed over: SeaBIOS finds the boot loader on the first disk.
+    """
     xen = f"dom0_mem={spec.dom0_memory}M,max:{spec.dom0_memory}M console=com1 com1=115200,8n1 loglvl=warning"
     xen += " guest_loglvl=warning spec-ctrl=no xpti=no"
     command = [QEMU, "-name", f"xen9p-{spec.name}", *accelerated(spec.accelerator)]
     command += ["-smp", str(spec.cpus), "-m", str(spec.memory), "-display", "none", "-vga", "none"]
-    command += booting(base, xen, KERNEL_ARGS)
+    command += booting(Path(spec.image), xen, KERNEL_ARGS) if spec.boot == "xen" else []
     command += _disk("host.qcow2", "qcow2", "host") + _disk("store.qcow2", "qcow2", "store")
     command += _disk("seed.tar", "raw", "seed,readonly=on")
     forward = f"user,id=net,hostfwd=tcp:127.0.0.1:{spec.ssh_port}-:22"

@@ -26,6 +26,9 @@ COVERAGE = "-fsanitize-coverage=trace-pc"
 """Has gcc call __sanitizer_cov_trace_pc() in each basic block; xen9p-src/fuzz/cover.c counts them."""
 IN_C = ("ring", "server", "client", "limits", "races", "threats", "flush", "locks", "xattr", "users", "rates", "auth")
 """The tests that run C for the most part; the others are left out where time is short."""
+WITH_PROCESSES = {"thread": "not two_processes and not confined"}
+"""What of these ThreadSanitizer of gcc 12 does not stand: threads in the child of a process that has threads, and now
+and then a second process (it finds no room for its shadow memory)."""
 LIBRARY = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
@@ -66,7 +69,7 @@ def environment(kind: str, library: Path) -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=1:quarantine_size_mb=8:malloc_context_size=3:abort_on_error=0:exitcode=99",
         "LSAN_OPTIONS": f"suppressions={SUPPRESSIONS / 'lsan.supp'}:print_suppressions=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": f"suppressions={SUPPRESSIONS / 'tsan.supp'}:exitcode=99:report_signal_unsafe=0:history_size=7",
+        "TSAN_OPTIONS": f"suppressions={SUPPRESSIONS / 'tsan.supp'}:exitcode=99:report_signal_unsafe=0",
     }
 
 
@@ -89,7 +92,8 @@ def main() -> int:
     options, rest = parser.parse_known_args()
     library = build(options.kind)
     tests = [str(SOURCE / "tests" / f"test_{name}.py") for name in IN_C] if options.quick else []
-    command = pytest_command(library, [*tests, *rest])
+    chosen = ["-k", WITH_PROCESSES[options.kind]] if options.quick and options.kind in WITH_PROCESSES else []
+    command = pytest_command(library, [*tests, *chosen, *rest])
     return subprocess.run(command, cwd=SOURCE, env=environment(options.kind, library), check=False).returncode
 
 

@@ -12,7 +12,7 @@ from testbed import accel, vm
 
 def test_the_probe_for_kvm_boots_a_real_xen(tmp_path: Path) -> None:
     image = Path(json.loads((STATE / "vm.json").read_text())["image"])
-    # Emulation stands in for a KVM that works. Beside a lab at work it was seen to miss its time once: two tries.
+    # Emulation stands in for a KVM that works. Two tries: it failed once beside a lab at work, why is not known.
     assert any(accel.xen_boots(vm.QEMU, image, accelerator="tcg", timeout=75) for _ in range(2))
     for name in ("xen", "vmlinuz"):
         shutil.copy(image / name, tmp_path)

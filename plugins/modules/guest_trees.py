@@ -65,7 +65,7 @@ EXAMPLES = r"""
 - name: One guest
   guest_trees:
     store: /srv/xen9p
-    boot: /var/lib/xen9p/boot
+    boot: /srv/xen9p/boot
     state: /var/lib/xen9p/guests
     golden: 0123456789ab
     guests: [{name: g1, config: 'name = "g1"', files: {/etc/hostname: g1}}]
@@ -141,6 +141,17 @@ class Beneath:
         finally:
             os.close(handle)
 
+    def names(self, path: str) -> set[str]:
+        """Names in the directory *path*; none if there is no such directory."""
+        try:
+            folder, _ = self._parent(f"{path}/-", create=False)
+        except FileNotFoundError:
+            return set()
+        try:
+            return set(os.listdir(folder))
+        finally:
+            os.close(folder)
+
     def write(self, path: str, content: bytes, mode: int) -> None:
         """Replace whatever *path* is (but no directory) by a regular file of root's."""
         parent, name = self._parent(path, create=True)
@@ -185,28 +196,25 @@ class Trees:
     def unpack(self, bundle: Path) -> None:
         """Make the golden tree read-only in one last step: what is half done is never taken for whole."""
         if self.golden_missing() and self.act(f"golden tree {self.identity}"):
-            partial = self.golden.with_suffix(".part")
-            for leftover in (partial, self.golden):
-                if leftover.is_dir():
-                    run("btrfs", "--quiet", "subvolume", "delete", str(leftover))
-            run("btrfs", "--quiet", "subvolume", "create", str(partial))
             self.kernel.mkdir(parents=True, exist_ok=True)
             run("tar", "--extract", f"--file={bundle}", f"--directory={self.kernel}", "--no-same-owner")
             archive = self.kernel / "root.tar.zst"
-            run(
-                "tar",
-                "--extract",
-                "--zstd",
-                "--numeric-owner",
-                "--preserve-permissions",
-                f"--file={archive}",
-                f"--directory={partial}",
-            )
+            # A golden tree that is there stays, kernel lost or not: the guests share their blocks with it.
+            if not self.golden.is_dir():
+                self._grow(archive)
             archive.unlink()
-            run("btrfs", "property", "set", str(partial), "ro", "true")
-            partial.rename(self.golden)
         if not self.dry:
             bundle.unlink(missing_ok=True)
+
+    def _grow(self, archive: Path) -> None:
+        partial = self.golden.with_suffix(".part")
+        if partial.is_dir():
+            run("btrfs", "--quiet", "subvolume", "delete", str(partial))
+        run("btrfs", "--quiet", "subvolume", "create", str(partial))
+        kept = ("--numeric-owner", "--preserve-permissions")
+        run("tar", "--extract", "--zstd", *kept, f"--file={archive}", f"--directory={partial}")
+        run("btrfs", "property", "set", str(partial), "ro", "true")
+        partial.rename(self.golden)
 
     def clone(self, name: str, rebuild: bool) -> None:
         tree = self.store / "guests" / name
@@ -222,6 +230,20 @@ class Trees:
             link.unlink(missing_ok=True)
             link.symlink_to(self.identity)
             partial.rename(tree)
+        elif not link.exists() and tree.exists():
+            self._give_kernel(name, tree, link)
+
+    def _give_kernel(self, name: str, tree: Path, link: Path) -> None:
+        """A store that outlived its host's disk: the golden tree's kernel will do if the guest has its modules."""
+        modules = Beneath(self.golden).names("/usr/lib/modules")
+        if not modules & Beneath(tree).names("/usr/lib/modules"):
+            raise TreeError(
+                f"{name} has a tree, and its kernel is lost; it has no modules for the golden tree's "
+                f"({', '.join(sorted(modules))}): run again with -e '{{\"guest_rebuild\": [\"{name}\"]}}' to clone it anew"
+            )
+        if self.act(f"give {name} its kernel back"):
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.identity)
 
     def host_key(self, name: str) -> dict[str, tuple[str, int]]:
         """The guest's ssh host key, made once and kept outside the tree."""

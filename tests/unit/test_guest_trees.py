@@ -123,3 +123,40 @@ def test_a_guest_gets_the_hosts_xen9p(trees: ModuleType, tmp_path: Path) -> None
     assert again.actions == ["g1: xen9p (1 files)"]
     assert (there / "cli.py").read_bytes() == b"newer"
     assert trees.Trees({**given(tmp_path), "client": str(tmp_path / "nowhere")}, dry=False).client == {}
+
+
+@pytest.fixture
+def outlived(tmp_path: Path) -> Path:
+    """A store with golden tree and guest whose kernels are lost, and the bundle that has them."""
+    for tree in ("golden/0123456789ab", "guests/g1"):
+        (tmp_path / "store" / tree / "usr/lib/modules/6.1.0-1").mkdir(parents=True)
+    (tmp_path / "store/golden/0123456789ab/old").touch()
+    (tmp_path / "vmlinuz").write_text("kernel")
+    (tmp_path / "root.tar.zst").write_text("not even an archive: nothing unpacks it")
+    command = ["tar", "--create", f"--file={tmp_path}/bundle", f"--directory={tmp_path}", "vmlinuz", "root.tar.zst"]
+    subprocess.run(command, check=True)
+    return tmp_path
+
+
+def test_a_store_that_outlived_its_host_gets_its_kernels_back(trees: ModuleType, outlived: Path) -> None:
+    again = trees.Trees(given(outlived), dry=False)
+    assert again.golden_missing()
+    again.unpack(outlived / "bundle")
+    assert not again.golden_missing()
+    assert (outlived / "store/golden/0123456789ab/old").exists()
+    again.clone("g1", rebuild=False)
+    assert (outlived / "boot/g1/vmlinuz").read_text() == "kernel"
+    assert again.actions == ["golden tree 0123456789ab", "give g1 its kernel back"]
+    third = trees.Trees(given(outlived), dry=False)
+    third.clone("g1", rebuild=False)
+    assert third.actions == []
+
+
+def test_a_tree_without_the_kernels_modules_is_refused_with_the_remedy(trees: ModuleType, outlived: Path) -> None:
+    modules = outlived / "store/guests/g1/usr/lib/modules"
+    (modules / "6.1.0-1").rename(modules / "5.10.0-9")
+    again = trees.Trees(given(outlived), dry=False)
+    again.unpack(outlived / "bundle")
+    with pytest.raises(trees.TreeError, match=r"g1 has a tree, and its kernel is lost.*6\.1\.0-1.*guest_rebuild"):
+        again.clone("g1", rebuild=False)
+    assert not (outlived / "boot/g1").is_symlink()

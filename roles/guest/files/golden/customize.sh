@@ -63,15 +63,30 @@ build_initramfs() {
     zstd -q -19 -T1 > "$GOLDEN_OUT/initrd.img"
 }
 
-trim() {
-  grep -v -e '^#' -e '^$' "$GOLDEN_FILES/mask.list" | while read -r unit; do
-    case $unit in
-      /*) target=$tree$unit ;;
-      *) target=$tree/etc/systemd/system/$unit ;;
+# exclude: leaves out what exclude.list names, now and when packages are upgraded.
+exclude() {
+  config=$tree/etc/dpkg/dpkg.cfg.d/guest
+  echo "# Written by customize.sh from exclude.list." > "$config"
+  grep -v -e '^#' -e '^$' "$GOLDEN_FILES/exclude.list" | while read -r pattern; do
+    case $pattern in
+      /*) set -- "$pattern" ;;
+      *) set -- "/lib/systemd/system/$pattern" "/lib/systemd/system/*.wants/$pattern" ;;
     esac
-    mkdir -p "${target%/*}"
-    ln -sf /dev/null "$target"
+    for path in "$@"; do
+      printf 'path-exclude=%s\npath-exclude=/usr%s\n' "$path" "$path" >> "$config"
+      # shellcheck disable=SC2086 # a pattern
+      rm -rf "${tree:?}"/usr$path
+    done
   done
+  # What the packages enabled when they were installed, and is gone.
+  find "$tree/etc/systemd/system" -type l | while read -r link; do
+    chroot "$tree" test -e "${link#"$tree"}" || rm "$link"
+  done
+  find "$tree/etc/systemd/system" "$tree/usr/lib/systemd/system" -type d -name '*.wants' -empty -delete
+}
+
+trim() {
+  exclude
   # The identity of a guest is written from dom0, never inherited from here.
   rm -f "$tree"/etc/ssh/ssh_host_* "$tree/etc/hostname" "$tree/etc/resolv.conf" "$tree/var/lib/systemd/random-seed"
   : > "$tree/etc/machine-id"

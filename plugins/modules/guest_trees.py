@@ -237,9 +237,10 @@ class Trees:
         """A store that outlived its host's disk: the golden tree's kernel will do if the guest has its modules."""
         modules = Beneath(self.golden).names("/usr/lib/modules")
         if not modules & Beneath(tree).names("/usr/lib/modules"):
+            again = f"run again with -e '{{\"guest_rebuild\": [\"{name}\"]}}' to clone it anew"
             raise TreeError(
                 f"{name} has a tree, and its kernel is lost; it has no modules for the golden tree's "
-                f"({', '.join(sorted(modules))}): run again with -e '{{\"guest_rebuild\": [\"{name}\"]}}' to clone it anew"
+                f"({', '.join(sorted(modules))}): {again}"
             )
         if self.act(f"give {name} its kernel back"):
             link.unlink(missing_ok=True)

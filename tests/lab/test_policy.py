@@ -295,3 +295,75 @@ def test_what_the_policy_gives_and_why(dom0: Dom0) -> None:
     assert "the guest's kernel; its root may do everything" in text
     assert "the host's kernel" in text
     assert 'rule 1 (guest "g1") is not about it' in dom0.out("xen9p policy explain nobody")
+
+
+# Keys and limits.
+
+KEYED = """
+[[rules]]
+guest = "g1"
+export = "home"
+tag = "keyed"
+access = "rw"
+attach = "manual"
+frontend = "user"
+keys = "/run/keyed.keys"
+"""
+
+
+def test_a_device_that_wants_a_key(dom0: Dom0) -> None:
+    """The right guest is not enough; a wrong key, and none, are one line each, and the right one opens."""
+    g1 = connect("g1")
+    dom0.out("xen9p key make /run/keyed.keys --name alice && xen9p key make /run/wrong.keys --name alice")
+    try:
+        with rules(dom0, KEYED, {"g1": "keyed"}):
+            dom0.out("xen9p attach g1 home --tag keyed")
+            for name in ("keyed", "wrong"):
+                content = dom0.out(f"cat /run/{name}.keys")
+                g1.check_output(f"umask 077 && cat > /root/{name}.keys <<'EOF'\n{content}\nEOF\n")
+            for option, said in (("", "--key"), ("--key /root/wrong.keys", "alice")):
+                refused = g1.run(f"xen9p ls {option} keyed:/")
+                assert refused.rc == 1
+                assert said in refused.stderr
+                assert len(refused.stderr.strip().splitlines()) == 1
+            assert g1.run("xen9p ls --key /root/keyed.keys keyed:/").rc == 0
+    finally:
+        dom0.run("rm -f /run/keyed.keys /run/wrong.keys")
+        g1.run("rm -f /root/keyed.keys /root/wrong.keys")
+
+
+SLOW = """
+[exports.slow]
+path = "/srv/xen9p/slow"
+[[rules]]
+guest = "g1"
+export = "slow"
+access = "rw"
+[rules.limits]
+operations_per_second = 40
+"""
+
+
+def test_a_limit_slows_its_device_and_no_other(dom0: Dom0) -> None:
+    g1 = connect("g1")
+    stat_all = (
+        "s=$(date +%s%N); for i in $(seq 60); do stat -t {0}/$i > /dev/null 2>&1; done; echo $(($(date +%s%N) - s))"
+    )
+    dom0.out("mkdir -p /srv/xen9p/slow")
+    try:
+        with rules(dom0, SLOW, {"g1": "slow"}):
+            wait_until("the new device is there", lambda: dom0.device("g1", "slow") is not None, 30)
+            try:
+                g1.check_output(f"mkdir -p /mnt/slow && {MOUNT},cache=none slow /mnt/slow")
+                slow, free = (int(g1.check_output(stat_all.format(path))) / 1e9 for path in ("/mnt/slow", "/home"))
+                device = dom0.device("g1", "slow")
+            finally:
+                g1.run("umount /mnt/slow; rmdir /mnt/slow")
+        assert device is not None
+        # Each of the 60 looks is a request at least; a second's worth may be saved up.
+        assert slow > 60 / 40 - 1
+        assert device["throttled"] > 0
+        assert dom0.device("g1", "home")["throttled"] == 0  # type: ignore[index]
+        assert free < slow
+    finally:
+        dom0.run("rmdir /srv/xen9p/slow")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xen9p import cli, policy, worker
+from xen9p import auth, cli, policy, worker
 from xen9p.errors import PolicyError
 from xen9p.policy import Grant
 from xen9p.quota import Quota, parse_size, size_text
@@ -144,6 +144,9 @@ RULE = 'version=1\n[exports.home]\npath="/srv"\n[[rules]]\n'
         (GIVEN + "groups={1000=[]}", r"rule 1: groups of user 1000 are \[\]"),
         (GIVEN + 'groups={1000=["staff"]}', "rule 1: groups of user 1000 are"),
         (GIVEN + 'groups="host"\nchecks="guest"', "rule 1: groups have no use with checks"),
+        (GIVEN + 'keys="a.keys"\nfrontend="user"', r'rule 1: keys "a.keys" is relative'),
+        (GIVEN + 'keys="/a.keys"', r'rule 1: keys have no use with frontend = "kernel"'),
+        (GIVEN + 'keys=""\nfrontend="user"', "rule 1: keys is ''"),
         (GIVEN + 'special="yes"', r"rule 1: special is 'yes' \(write true or false\)"),
         (GIVEN + "limits=5", r"rule 1: limits is 5 \(write \[rules.limits\]"),
         (GIVEN + "limits={fid=5}", r'rule 1: limits: unknown key "fid" \(did you mean "fids"\?\)'),
@@ -357,3 +360,27 @@ def test_a_guest_that_gets_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         said = capsys.readouterr().err
         assert line in said
         assert said.count("\n") == 1
+
+
+def test_a_rule_with_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the worker would refuse is said before; a key that is taken away or added counts at the next attach."""
+    keys = tmp_path / "home.keys"
+    (tmp_path / "srv").mkdir()
+    rule = f'version=1\n[exports.home]\npath="{tmp_path}/srv"\n[[rules]]\nguest="g1"\nexport="home"\nfrontend="user"\n'
+    path = tmp_path / "policy.toml"
+    path.write_text(rule + f'keys="{keys}"\n')
+    with pytest.raises(PolicyError, match=r"rule 1: keys: cannot read .*home\.keys: No such file.* xen9p key make"):
+        policy.load(path, check_paths=True)
+    auth.make(keys)
+    keys.chmod(0o640)
+    with pytest.raises(PolicyError, match=r"rule 1: keys: .* is open to others"):
+        policy.load(path, check_paths=True)
+    keys.chmod(0o600)
+    (grant,) = policy.load(path, check_paths=True).resolve("g1", UUID)
+    assert grant.keys == keys
+    (without,) = policy.parse(rule).resolve("g1", UUID)
+    assert without.keys is None
+    assert without.later(grant) == f"keys {keys}"
+    assert grant.later(without) == "keys none"
+    assert cli.main(["policy", "explain", "g1", "--policy", str(path)]) == 0
+    assert f"keys      one of {keys} has to be proved" in capsys.readouterr().out

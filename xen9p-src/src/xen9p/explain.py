@@ -44,7 +44,7 @@ def _only_case(rule: Rule, guest: str) -> bool:
 def _given(rules: Policy, rule: Rule) -> dict[str, Any]:
     grant = rules.grant(rule)
     most = rules.quotas().get(grant.path)
-    problems = policy.path_problems(policy.Export(grant.export, grant.path))
+    problems = policy.path_problems(policy.Export(grant.export, grant.path)) + policy.key_problems(rule)
     if not problems and most is not None:
         problems = quota.problems({grant.path: most})
     return {
@@ -52,6 +52,7 @@ def _given(rules: Policy, rule: Rule) -> dict[str, Any]:
         "access": "ro" if grant.readonly else "rw",
         "attach": "auto" if grant.auto else "manual",
         "frontend": grant.frontend,
+        "keys": str(grant.keys) if grant.keys else None,
         **_terms(grant.terms),
         "quota": None if most is None else {"bytes": most.bytes, "files": most.files},
         "problems": problems,
@@ -92,6 +93,7 @@ def _lines(one: dict[str, Any]) -> list[str]:
     rows = [
         ("export", f"{one['export']}, {one['path']}, {one['access']}"),
         ("attached", f"{when}, for {'its kernel' if one['frontend'] == 'kernel' else 'its user space'}"),
+        ("keys", f"one of {one['keys']} has to be proved" if one["keys"] else ""),
         ("checks", checks),
         ("identity", one["identity"]),
         ("groups", _WORDS.get(str(one["groups"]), "")),

@@ -10,6 +10,7 @@ tag = "home"        # default: the export's name
 access = "ro"       # or "rw"; default "ro"
 attach = "auto"     # or "manual"; default "auto"
 frontend = "kernel" # or "user": for xen9p in the guest, not for its kernel; default "kernel"
+keys = "/etc/xen9p/home.keys" # with frontend "user": only to who has one of these keys
 checks = "server"   # or "guest": who checks what a user may do; default "server"
 identity = "as-is"  # or {squash = {uid = 1000, gid = 1000}}, {map = [[0, 100000, 65536]]}; default "as-is"
 groups = "own"      # or "host", or {1000 = [1000, 100]}; default "own"
@@ -31,8 +32,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p import quota, users
-from xen9p.errors import PolicyError
+from xen9p import auth, quota, users
+from xen9p.errors import PolicyError, Xen9pError
 from xen9p.quota import Quota, parse_size, size_text
 from xen9p.users import MOST_ID, Identity, Range, Users
 
@@ -45,7 +46,7 @@ _GUEST: Final = re.compile(r"[A-Za-z0-9._*?\[\]!:+@-]{1,255}")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 _RULE_KEYS: Final = (
-    "guest", "uuid", "export", "tag", "access", "attach", "frontend",
+    "guest", "uuid", "export", "tag", "access", "attach", "frontend", "keys",
     "checks", "identity", "groups", "special", "limits", "quota",
 )  # fmt: skip
 _NAME_HELP: Final = "use 1 to 31 letters, digits, '.', '_' or '-', beginning with a letter or digit"
@@ -121,6 +122,8 @@ class Rule:
     frontend: str = "kernel"
     terms: Terms = field(default_factory=Terms)
     quota: Quota = field(default_factory=Quota)
+    keys: Path | None = None
+    """A file of keys; who attaches has to prove that it has one of them."""
     number: int = 0
     """Its place in the file, from 1."""
 
@@ -148,6 +151,7 @@ class Grant:
     frontend: str = "kernel"
     """Who serves the guest's end: "kernel" (v9fs) or "user" (our own client)."""
     terms: Terms = field(default_factory=Terms)
+    keys: Path | None = None
 
     def later(self, now: Grant | None) -> str:
         """What of a device made by this grant another one changes at its next attach only, in words; "" for nothing."""
@@ -160,6 +164,7 @@ class Grant:
                 ("path", self.path, now.path),
                 ("access", *("ro" if g.readonly else "rw" for g in (self, now))),
                 ("frontend", self.frontend, now.frontend),
+                ("keys", *(g.keys or "none" for g in (self, now))),
             )
             if here != there
         ]
@@ -186,7 +191,7 @@ class Policy:
     def grant(self, rule: Rule) -> Grant:
         """What a rule gives."""
         path = self.exports[rule.export].path
-        return Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, rule.frontend, rule.terms)
+        return Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, rule.frontend, rule.terms, rule.keys)
 
     def quotas(self) -> dict[Path, Quota]:
         """How much each directory may hold, of those that have a quota."""
@@ -211,7 +216,8 @@ def load(path: Path = DEFAULT_PATH, *, check_paths: bool) -> Policy:
         raise PolicyError(f"{path} cannot be read: {error.strerror}", "run as root") from None
     policy = parse(text, str(path))
     if check_paths:
-        _raise(str(path), missing_paths(policy) or quota.problems(policy.quotas()))
+        problems = missing_paths(policy) + [line for rule in policy.rules for line in key_problems(rule)]
+        _raise(str(path), problems or quota.problems(policy.quotas()))
     return policy
 
 
@@ -247,6 +253,17 @@ def path_problems(export: Export) -> list[str]:
         return [f"export {export.name}: {export.path}: {error.strerror} (correct the path)"]
     if not stat.S_ISDIR(mode):
         return [f"export {export.name}: {export.path} is not a directory (an export is a directory tree)"]
+    return []
+
+
+def key_problems(rule: Rule) -> list[str]:
+    """What is wrong with a rule's file of keys on this machine now."""
+    if rule.keys is None:
+        return []
+    try:
+        auth.load(rule.keys)
+    except Xen9pError as error:
+        return [f"rule {rule.number}: keys: {error}"]
     return []
 
 
@@ -336,11 +353,22 @@ class _Parser:
         access = self._choice(table, "access", where, ("ro", "rw"))
         attach = self._choice(table, "attach", where, ("auto", "manual"))
         frontend = self._choice(table, "frontend", where, ("kernel", "user"))
+        keys = self._keys(table, where, frontend)
         terms = self._terms(table, where)
         most = self._quota(table, where)
         if len(self.problems) > before or export is None or tag is None:
             return None
-        return Rule(guest, uuid, export, tag, access == "ro", attach == "auto", frontend, terms, most, number)
+        return Rule(guest, uuid, export, tag, access == "ro", attach == "auto", frontend, terms, most, keys, number)
+
+    def _keys(self, table: dict[str, Any], where: str, frontend: str) -> Path | None:
+        path = self._string(table, "keys", where, default="")
+        if not path:
+            return None
+        if not path.startswith("/"):
+            self.problems.append(f'{where}: keys "{path}" is relative (write it from / on)')
+        elif frontend != "user":
+            self.problems.append(f'{where}: keys have no use with frontend = "kernel" (v9fs has none; write "user")')
+        return Path(path)
 
     # How it may be used.
 

@@ -534,6 +534,7 @@ class Supervisor:
             "export": grant.export,
             "path": str(grant.path),
             "readonly": grant.readonly,
+            "keys": str(grant.keys) if grant.keys else None,
             **managed.terms,
             "socket": str(workers.socket_path(self.runtime, who.domid, managed.devid)),
         }

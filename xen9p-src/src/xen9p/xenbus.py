@@ -122,6 +122,7 @@ def create(store: XenStore, who: GuestId, devid: int, grant: Grant, *, narrowed:
             ("host/path", str(grant.path)),
             ("host/access", "ro" if grant.readonly else "rw"),
             ("host/narrowed", "1" if narrowed else "0"),
+            ("host/keys", str(grant.keys or "")),
             ("frontend", front),
             ("frontend-id", str(domid)),
             ("online", "1"),
@@ -224,6 +225,7 @@ def _left(store: XenStore, domid: int, devid: int) -> Left:
         tag=store.read(f"{back}/tag") or "",
         readonly=store.read(f"{back}/host/access") != "rw",
         auto=True,
+        keys=Path(keys) if (keys := store.read(f"{back}/host/keys")) else None,
         frontend="user" if (store.read(f"{back}/frontend") or "").split("/")[-2:-1] == ["xen9p"] else "kernel",
     )
     uuid = store.read(f"{back}/host/uuid") or ""

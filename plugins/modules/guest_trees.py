@@ -237,7 +237,7 @@ class Trees:
         """A store that outlived its host's disk: the golden tree's kernel will do if the guest has its modules."""
         modules = Beneath(self.golden).names("/usr/lib/modules")
         if not modules & Beneath(tree).names("/usr/lib/modules"):
-            again = f"run again with -e '{{\"guest_rebuild\": [\"{name}\"]}}' to clone it anew"
+            again = f'run again with -e \'{{"guest_rebuild": ["{name}"]}}\' to clone it anew'
             raise TreeError(
                 f"{name} has a tree, and its kernel is lost; it has no modules for the golden tree's "
                 f"({', '.join(sorted(modules))}): {again}"

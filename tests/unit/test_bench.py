@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -174,3 +175,12 @@ def test_workloads_run_on_a_plain_directory(tmp_path: Path) -> None:
     assert order[:2] == ["ours", "theirs"]
     assert order[-2:] == ["theirs", "ours"]
     assert not list((tmp_path / "a/new").iterdir())
+
+
+def test_a_kernel_thread_has_no_memory_of_its_own() -> None:
+    """Seen with blkback's threads: the kernel has no such file for them, and says so when it is read."""
+    threads = [int(path.name) for path in Path("/proc").glob("[0-9]*") if not (path / "cmdline").read_bytes()]
+    if not threads:
+        pytest.skip("no kernel thread is visible here")
+    assert host.pss(threads[0]) == 0
+    assert host.pss(os.getpid()) > 1000

@@ -1,5 +1,6 @@
 """The floor as a process in dom0, and how soon a worker is ready: what a benchmark needs there besides xen9p itself.
 
+serve.py build: compiles the floor.
 serve.py serve GUEST TAG: gives the guest a device that the floor serves, until SIGTERM.
 serve.py ready GUEST COUNT: waits for COUNT devices of xen9p and prints, for each, the seconds from the guest's rings to
 the backend's state 4.
@@ -231,11 +232,19 @@ def main() -> int:
     """Run the command; the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    make = commands.add_parser("build", help="compile the floor")
+    make.add_argument("--source", type=Path, required=True, metavar="DIR", help="xen9p's data plane, in C")
+    make.add_argument(
+        "--library",
+        type=Path,
+        required=True,
+        metavar="FILE.so",
+        help="what to make, on a filesystem that may hold programs",
+    )
     one = commands.add_parser("serve", help="serve a device of a guest until SIGTERM")
     one.add_argument("guest", metavar="GUEST")
     one.add_argument("tag", metavar="TAG")
-    one.add_argument("--source", type=Path, required=True, metavar="DIR", help="xen9p's data plane, in C")
-    one.add_argument("--library", type=Path, required=True, metavar="FILE.so", help="where it is compiled to")
+    one.add_argument("--library", type=Path, required=True, metavar="FILE.so", help="what build has made")
     one.add_argument("--size", type=int, required=True, metavar="BYTES", help="of each file")
     one.add_argument("--files", type=int, required=True, metavar="N", help="how many")
     two = commands.add_parser("ready", help="measure how soon devices are connected")
@@ -245,7 +254,9 @@ def main() -> int:
     try:
         if given.command == "ready":
             return ready(given.guest, given.count)
-        build(given.source, given.library)
+        if given.command == "build":
+            build(given.source, given.library)
+            return 0
         return serve(given.guest, given.tag, given.library, given.size, given.files)
     except (Xen9pError, OSError) as error:
         print(f"floor: {error}", file=sys.stderr)

@@ -38,6 +38,9 @@ def start(given: Settings, programs: dict[str, str]) -> dict[str, Any]:
     folder.mkdir()
     for name in ("serve.py", "floor.c"):
         (folder / name).write_text(programs[name])
+    if any(side.served == "floor" for side in chosen(given)):
+        # Beside the files, and not where it runs: /run may be mounted noexec.
+        run(*_floor(given, "build"), "--source", given.source)
     drop_caches()
     create(FULL, trees.config(given, FULL), given.address, given.timeout)
     for name in ("agent.py", "workloads.py"):
@@ -76,10 +79,14 @@ def _attach(given: Settings) -> None:
         if side.served == "xen9p":
             files.attach(FULL, side.name)
         if side.served == "floor":
-            serve = [f"{given.client}/bin/python3", str(given.run / "floor/serve.py"), "serve", FULL, side.name]
-            serve += ["--source", given.source, "--library", str(given.run / "floor/floor.so")]
-            serve += ["--size", str(given.file_mib << 20), "--files", "4"]
+            size = ("--size", str(given.file_mib << 20), "--files", "4")
+            serve = (*_floor(given, "serve"), FULL, side.name, *size)
             run("systemd-run", "--quiet", "--collect", f"--unit={FLOOR_UNIT}", *serve)
+
+
+def _floor(given: Settings, verb: str) -> tuple[str, ...]:
+    program = (f"{given.client}/bin/python3", str(given.run / "floor/serve.py"))
+    return (*program, verb, "--library", str(given.area / "floor.so"))
 
 
 def _mount(given: Settings) -> dict[str, str]:
@@ -94,7 +101,7 @@ def _mount(given: Settings) -> dict[str, str]:
     rows = [line.split() for line in files.inside(given, "cat /proc/mounts").splitlines()]
     found = {row[1].removeprefix("/mnt/"): f"{row[2]} {row[3]}" for row in rows if row[1].startswith("/mnt/")}
     if missing := [side.name for side in chosen(given) if side.name not in found]:
-        said = files.inside(given, f"tail -n 1 /tmp/mount-{missing[0]}").strip()
+        said = files.inside(given, f"head -n 1 /tmp/mount-{missing[0]}").strip()
         raise BenchError(f"{', '.join(missing)} cannot be mounted in {FULL}: {said or 'see xen9p status'}")
     return {side.name: found[side.name] for side in chosen(given)}
 

@@ -94,8 +94,12 @@ def drop_caches() -> None:
 
 
 def pss(pid: int) -> int:
-    """Return the proportional share of memory of a process, in KiB."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+    """Return the proportional share of memory of a process, in KiB; 0 for a kernel thread, which has none."""
+    try:
+        rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except ProcessLookupError:
+        return 0
+    for line in rows:
         if line.startswith("Pss:"):
             return int(line.split()[1])
     return 0

@@ -43,7 +43,7 @@ def run(command: list[str], text: str = "", quiet: bool = False) -> str:
 def job_file(place: str, request: dict[str, Any]) -> str:
     """The sections as fio reads them: each in a group of its own, one after the other."""
     lines = ["[global]", f"directory={place}", "ioengine=psync", "thread=1", "fallocate=none", "group_reporting=1"]
-    lines += [f"runtime={request['seconds']}", "invalidate=0", "randrepeat=1", "norandommap=0"]
+    lines += [f"runtime={round(request['seconds'] * 1000)}ms", "invalidate=0", "randrepeat=1", "norandommap=0"]
     for section in request["sections"]:
         lines += [f"[{section['name']}]", "stonewall", "new_group", f"filename={section['file']}"]
         lines += [f"rw={section['rw']}", f"bs={section['bs']}", f"numjobs={section['jobs']}"]

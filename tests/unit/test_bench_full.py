@@ -231,7 +231,7 @@ def test_fio_is_asked_and_read(
         return
     assert answer["sections"] == {"read-seq-4k-1-warm": {"operations": 500, "seconds": 0.25}}
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert {"rw=read", "bs=4096", "numjobs=1", "filename=read-0", "runtime=1.5", "stonewall"} <= set(asked)
+    assert {"rw=read", "bs=4096", "numjobs=1", "filename=read-0", "runtime=1500ms", "stonewall"} <= set(asked)
 
 
 # The report.

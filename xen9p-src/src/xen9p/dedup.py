@@ -391,7 +391,7 @@ class Deduper:
         inode = self._look.inode(tree.id, number)
         if inode is None or not stat.S_ISREG(inode.mode) or inode.no_checksums or not inode.links:
             return True
-        if 0 <= time.time() - inode.changed < self._options.settle:
+        if not tree.subvolume.readonly and 0 <= time.time() - inode.changed < self._options.settle:
             self._now.later += 1
             return self._state.wait(tree.id, number, base)
         self._now.files += 1
@@ -452,7 +452,7 @@ class Deduper:
     def _chunk(self, tree: Tree, inode: Inode, chunk: Chunk) -> None:
         self._now.looked += chunk.length
         places = self._state.find(chunk.digest)
-        mine, source = False, None
+        mine, source, tired = False, None, None
         for place in places[:]:
             if (place.tree, place.number, place.start) == (tree.id, inode.number, chunk.start):
                 mine = True
@@ -463,10 +463,15 @@ class Deduper:
                 places.remove(place)
             elif there[1].where == chunk.where:
                 self._now.already += chunk.length
-                source = None
+                source = tired = None
                 break
-            elif source is None and place.uses < MOST_USES:
+            elif place.uses >= MOST_USES:
+                tired = tired or place
+            elif source is None:
                 source = (place, *there)
+        if source is None and tired is not None and not mine:
+            self._state.drop(tired)  # this one takes its place
+            places.remove(tired)
         if source is not None:
             self._now.equal += chunk.length
             self._plan(source[0], source[1], tree.id, inode, chunk)
@@ -525,17 +530,16 @@ class Deduper:
                 one = held.enter_context(self._opened(*source))
                 other = held.enter_context(self._opened(*target))
                 # Read here, the kernel does not wait for the disk while it keeps writers out.
-                if not self._same(one, start, other, at, run.length):
-                    self._now.changed += run.length
-                    return
-                done = 0
-                while done < run.length:
-                    got = btrfs.share(one, start + done, other, at + done, run.length - done)
-                    if not got:
-                        self._now.changed += run.length - done
-                        break
-                    done += got
-                    self._now.shared += got
+                for first, length in self._equal(one, start, other, at, run.length):
+                    done = 0
+                    while done < length:
+                        offset = first + done
+                        got = btrfs.share(one, start + offset, other, at + offset, length - done)
+                        if not got:
+                            self._now.changed += length - done
+                            break
+                        done += got
+                        self._now.shared += got
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise Xen9pError(
@@ -551,11 +555,21 @@ class Deduper:
         for place in run.places:
             self._state.used(place)
 
-    def _same(self, one: int, start: int, other: int, at: int, length: int) -> bool:
+    def _equal(self, one: int, start: int, other: int, at: int, length: int) -> Iterator[tuple[int, int]]:
+        """What is equal in a stretch of two files, as (from, length), chunk by chunk if not all of it is."""
         self._throttle()
         first, second = os.pread(one, length, start), os.pread(other, length, at)
         self._now.data += len(first) + len(second)
-        return first == second and len(first) == length
+        if first == second and len(first) == length:
+            yield 0, length
+            return
+        for place in range(0, length, CHUNK):
+            size = min(CHUNK, length - place)
+            piece = first[place : place + size]
+            if piece == second[place : place + size] and len(piece) == size:
+                yield place, size
+            else:
+                self._now.changed += size
 
     def _throttle(self) -> None:
         if self._options.limit:

@@ -126,9 +126,10 @@ def run_store(
         Xen9pError: the store is full, or the state cannot be written.
     """
     began = time.monotonic()
-    before = _used(store.fd)
     state = State(folder, store.id)
     try:
+        btrfs.sync(store.fd)
+        before = _used(store.fd)
         with state.transaction(keep=not options.dry_run):
             trees = survey(store.exports, store.fd)
             deduper = Deduper(store.fd, state, trees, options, tell)

@@ -328,6 +328,21 @@ def test_a_guest_that_is_gone_takes_no_knowledge_along(lab: Lab) -> None:
     assert lab.run()["shared"] == len(data)
 
 
+def test_a_place_that_has_changed_is_seen_by_its_checksums(lab: Lab) -> None:
+    """Nothing is read for it, and who has the content now takes its place in the index."""
+    guests = lab.guests(3)
+    data, other = lab.bytes(100 * KIB), lab.bytes(100 * KIB)
+    write(guests[0], {"f": data, "gone": other})
+    lab.run()
+    write(guests[0], {"f": lab.bytes(100 * KIB)})
+    (guests[0] / "gone").unlink()
+    write(guests[1], {"f": data, "gone": other})
+    found = lab.run()
+    assert found["data"] == found["equal"] == 0
+    write(guests[2], {"f": data, "gone": other})
+    assert lab.run()["shared"] == len(data) + len(other)
+
+
 def test_files_in_work_wait_and_are_not_forgotten(lab: Lab) -> None:
     guests = lab.guests(2)
     data = lab.bytes(300 * KIB)
@@ -530,6 +545,7 @@ def test_a_run_goes_on_where_it_was_cut_off(lab: Lab, monkeypatch: pytest.Monkey
     write(guests[0], {"f050": files["f051"]})
     rest = lab.run()
     assert 25 * CHUNK <= rest["shared"] <= 35 * CHUNK
+    assert {tree["name"]: tree["files"] for tree in rest["trees"]}["g1"] <= 40, "it began at the beginning again"
     assert places(guests[1] / "f002") == places(guests[0] / "f003")
     assert places(guests[0] / "f050") == places(guests[0] / "f051")
 

@@ -588,6 +588,49 @@ def test_links_fifos_holes_and_giants(lab: Lab, tmp_path: Path) -> None:
     lab.check()
 
 
+def test_a_file_of_very_many_extents(lab: Lab) -> None:
+    """One that was written block by block, and one that has its chunks in another order: no cost beyond measure."""
+    (guest,) = lab.guests(1)
+    chunks = [lab.bytes(CHUNK) for _ in range(300)]
+    data = b"".join(chunks)
+    with (guest / "pieces").open("wb", buffering=0) as file:
+        file.write(bytes(len(data)))
+        os.fsync(file.fileno())
+        for at in range(0, len(data), 8192):  # every other block is written anew, and lies elsewhere
+            os.pwrite(file.fileno(), data[at : at + 4096], at)
+        os.fsync(file.fileno())
+        for at in range(4096, len(data), 8192):
+            os.pwrite(file.fileno(), data[at : at + 4096], at)
+        os.fsync(file.fileno())
+    assert len(places(guest / "pieces")) > 100
+    lab.random.shuffle(chunks)
+    write(guest, {"shuffled": b"".join(chunks)})
+    before = lab.digests()
+    found = lab.run()
+    assert found["shared"] == len(data)
+    assert found["metadata"] < 64 * MIB
+    assert lab.digests() == before
+
+
+def test_extents_are_found_from_any_place(lab: Lab) -> None:
+    """Also what begins far before, and after holes."""
+    path = lab.subvolume("g0") / "f"
+    with path.open("wb") as file:
+        file.write(lab.bytes(20 * MIB))
+        file.seek(300 * MIB)
+        file.write(lab.bytes(CHUNK))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        btrfs.sync(fd)
+        look, tree, number = btrfs.Trees(fd), btrfs.subvolume(fd).id, os.fstat(fd).st_ino
+        everything = list(look.extents(tree, number, 0, 400 * MIB))
+        for start in (0, 1, 4096, 7 * MIB, 20 * MIB - 1, 20 * MIB, 200 * MIB, 300 * MIB, 300 * MIB + 4096, 390 * MIB):
+            found = list(look.extents(tree, number, start, start + MIB))
+            assert found == [one for one in everything if one.end > start and one.start < start + MIB], start
+    finally:
+        os.close(fd)
+
+
 def test_names_that_are_swapped_meanwhile(lab: Lab) -> None:
     """A guest replaces files and directories by links to what is outside, again and again."""
     (guest,) = lab.guests(1)
@@ -700,6 +743,9 @@ def test_a_filesystem_without_reflinks(lab: Lab, tmp_path: Path) -> None:
         assert not lab.state.exists()
         # Beside one that can be, it is left out, and that is said.
         lab.guests(1)
+        done = lab.call("run", "g0", "memory")
+        assert done.returncode == 1
+        assert not lab.state.exists()
         done = lab.call("run")
         assert done.returncode == 0
         assert "left out: export memory" in done.stderr

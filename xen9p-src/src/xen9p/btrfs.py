@@ -217,11 +217,29 @@ class Trees:
 
     def extents(self, tree: int, number: int, start: int, end: int) -> Iterator[Extent]:
         """The extents of a file that have something of [start, end), in order."""
-        first = (number, EXTENT_DATA, max(0, start - MAX_EXTENT))
-        for (_, _, at), data in self.search(tree, first, (number, EXTENT_DATA, max(end - 1, 0)), room=1 << 16):
+        first = (number, EXTENT_DATA, self._covering(tree, number, start))
+        for (_, _, at), data in self.search(tree, first, (number, EXTENT_DATA, max(end - 1, 0)), room=1 << 14):
             found = _extent(at, data)
             if found.end > start:
                 yield found
+
+    def _covering(self, tree: int, number: int, place: int) -> int:
+        """Where the extent begins that has a place in a file; the place itself if none can have it.
+
+        There is no search backwards. Short steps first: a guest may make files with very many short extents.
+        """
+        back = 256 << 10
+        while place:
+            first, last = max(0, place - back), place
+            for (_, _, at), _ in self.search(
+                tree, (number, EXTENT_DATA, first), (number, EXTENT_DATA, place), room=1 << 14
+            ):
+                last = at
+                back = 0
+            if not back or not first or back >= MAX_EXTENT:
+                return last
+            back = min(back * 8, MAX_EXTENT)
+        return place
 
     def checksums(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         """The checksums of the blocks at the disk addresses [start, end): where they begin, and theirs in a row.

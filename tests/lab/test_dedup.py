@@ -40,11 +40,19 @@ def run(dom0: Dom0) -> dict[str, Any]:
     return total
 
 
-def blocks(dom0: Dom0, guest: str) -> list[str]:
-    """Where the file is on the host's disk."""
-    return dom0.out(
-        f"filefrag -v -b4096 /srv/xen9p/guests/{guest}/{FILE} | awk '$1 ~ /^[0-9]+:/ {{print $4, $6}}'"
-    ).splitlines()
+def blocks(dom0: Dom0, guest: str) -> list[list[int]]:
+    """Where the file is on the host's disk, as [first, last] of 4 KiB blocks; what follows each other is one."""
+    shown = dom0.out(
+        f"filefrag -v -b4096 /srv/xen9p/guests/{guest}/{FILE} | awk '$1 ~ /^[0-9]+:/ {{print $4, $5}}' | tr -d .:"
+    )
+    found: list[list[int]] = []
+    for line in shown.splitlines():
+        first, last = map(int, line.split())
+        if found and found[-1][1] + 1 == first:
+            found[-1][1] = last
+        else:
+            found.append([first, last])
+    return found
 
 
 def same(digest: str) -> None:
@@ -77,7 +85,7 @@ def test_what_two_guests_wrote_is_shared(dom0: Dom0, digest: str) -> None:
 def test_a_run_that_is_killed(dom0: Dom0, digest: str) -> None:
     """While it shares: the guests notice nothing, and the next run goes on."""
     dom0.out(
-        f"nohup {RUN} --limit 1M > /dev/null 2>&1 & pid=$!;"
+        f"rm -f /var/lib/xen9p/dedup/progress; nohup {RUN} --limit 1M > /dev/null 2>&1 & pid=$!;"
         " for n in $(seq 300); do test -e /var/lib/xen9p/dedup/progress && break; sleep 0.2; done;"
         " sleep 2; kill -9 $pid; wait $pid; true"
     )

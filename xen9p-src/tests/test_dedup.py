@@ -328,6 +328,19 @@ def test_a_guest_that_is_gone_takes_no_knowledge_along(lab: Lab) -> None:
     assert lab.run()["shared"] == len(data)
 
 
+def test_an_old_file_that_is_cloned_into_an_export_is_new_there(lab: Lab) -> None:
+    """Its extents are older than the last run, and no run has seen them."""
+    backup, data = lab.subvolume("backup"), lab.bytes(200 * KIB)
+    write(backup, {"f": data})
+    guests = lab.guests(2)
+    lab.run()
+    subprocess.run(["cp", "--reflink=always", backup / "f", guests[0] / "f"], check=True)
+    lab.run()
+    write(guests[1], {"f": data})
+    assert lab.run()["shared"] == len(data)
+    assert places(guests[1] / "f") == places(backup / "f")
+
+
 def test_a_place_that_has_changed_is_seen_by_its_checksums(lab: Lab) -> None:
     """Nothing is read for it, and who has the content now takes its place in the index."""
     guests = lab.guests(3)

@@ -206,13 +206,19 @@ class Trees:
         return Inode(number, born, size, links, mode, seconds + ns / 1e9, bool(flags & 1))
 
     def changes(self, tree: int, newer: int, first: int = FIRST_FREE) -> Iterator[tuple[int, Extent]]:
-        """Every extent whose data is of generation *newer* or later, with the number of its file (from *first* on)."""
+        """Every extent whose data, or whose file, is of generation *newer* or later, with the number of the file.
+
+        In order of the files, from number *first* on.
+        """
         last = (_LAST_FREE, EXTENT_DATA, _MOST)
+        fresh = 0
         for (number, kind, start), data in self.search(tree, (max(first, FIRST_FREE), 0, 0), last, newer):
-            if kind == EXTENT_DATA:
+            if kind == INODE_ITEM and _SIZE.unpack_from(data)[0] >= newer:
+                fresh = number  # what a new file has of old extents came by a clone, as cp --reflink makes them
+            elif kind == EXTENT_DATA:
                 found = _extent(start, data)
                 # A leaf is new as a whole when one of its items is; the extent itself says when its data was written.
-                if found.generation >= newer:
+                if found.generation >= newer or number == fresh:
                     yield number, found
 
     def extents(self, tree: int, number: int, start: int, end: int) -> Iterator[Extent]:

@@ -382,7 +382,7 @@ class Deduper:
         found = self._look.inode(tree.id, number)
         if found is not None:
             extents = self._look.extents(tree.id, number, 0, max(found.size, 1))
-            yield from _ranges(one for one in extents if one.generation > base)
+            yield from _ranges(one for one in extents if max(one.generation, found.generation) > base)
 
     def _file(self, tree: Tree, number: int, base: int, ranges: Iterator[tuple[int, int]]) -> bool:
         """Looks at ranges of a file; False if that has to be done another time, and there is no room to note it."""

@@ -59,7 +59,7 @@ bench-scaling: ## what a request costs as fids, directories and devices grow; no
 
 .PHONY: bench-dedup
 bench-dedup: ## de-duplication of drifted guests, against duperemove on files and disk images; as root, no Xen needed
-	@tools/bootstrap check
+	@tools/bootstrap dedup
 	@$(PYTHON) tools/bench_dedup.py $(ARGS)
 
 .PHONY: sanitize

@@ -315,11 +315,11 @@ def test_without_the_state_file_everything_is_new(lab: Lab) -> None:
 
 
 def test_a_guest_that_is_gone_takes_no_knowledge_along(lab: Lab) -> None:
-    """What was first seen in it is found in the others, too."""
+    """What the index knew of it alone is found in the others, too."""
     data = lab.bytes(500 * KIB)
     guests = lab.guests(3)
-    for guest in guests:
-        write(guest, {"f": data})
+    write(guests[0], {f"f{n}": data for n in range(dedup_state.ALTERNATIVES)})
+    write(guests[1], {"f": data})
     lab.run()
     lab.exports.pop("g0")
     lab.export("g1", guests[1])
@@ -425,6 +425,17 @@ def test_a_damaged_state_is_one_line(lab: Lab) -> None:
 
 
 # Bytes never change.
+
+
+def test_a_zero_more_is_another_content(lab: Lab) -> None:
+    """The checksums are the same: btrfs fills the last block up with zeros."""
+    guests = lab.guests(2)
+    data = lab.bytes(5000)
+    write(guests[0], {"f": data})
+    write(guests[1], {"f": data + b"\0"})
+    found = lab.run()
+    assert found["equal"] == found["data"] == 0
+    assert (guests[1] / "f").read_bytes() == data + b"\0"
 
 
 def same_checksum(block: bytes) -> bytes:

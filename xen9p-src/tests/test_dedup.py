@@ -22,11 +22,14 @@ from uuid import UUID
 import pytest
 
 from confined import has_capability
+from serving import serve_memory
 from xen9p import btrfs, cli, dedup_state, policy
+from xen9p.client import Client
 from xen9p.dedup import CHUNK, Options, survey
 from xen9p.dedup_commands import run_store, stores
 from xen9p.dedup_state import State, only_run
 from xen9p.errors import Xen9pError
+from xen9p.transport.memory import MemoryRingTransport
 
 KIB, MIB = 1 << 10, 1 << 20
 SOURCE = Path(__file__).resolve().parents[1] / "src"
@@ -516,6 +519,58 @@ def test_a_writer_is_never_robbed_of_a_byte(lab: Lab) -> None:
     assert all(path.read_bytes() == data for path, data in wanted.items())
 
 
+def test_guests_that_write_over_9p_meanwhile(lab: Lab) -> None:
+    """Two devices write the same and other things; each reads what it wrote, through the data plane and beside it."""
+    guests = lab.guests(2)
+    blocks = [lab.bytes(CHUNK) for _ in range(4)]
+    with contextlib.ExitStack() as held:
+        clients: list[tuple[Client, int, list[int], list[bytearray]]] = []
+        for guest in guests:
+            rings, _ = held.enter_context(serve_memory(guest))
+            client, root = Client.connect(MemoryRingTransport(rings[0]))
+            held.callback(client.close)
+            fids = []
+            for n in range(4):
+                client.write_file(root, f"f{n}", b"".join(blocks))
+                fids.append(client.walk(root, b"f%d" % n))
+                client.lopen(fids[-1], os.O_RDWR)
+            clients.append((client, root, fids, [bytearray(b"".join(blocks)) for _ in fids]))
+        stop, failed = threading.Event(), []
+
+        def work(client: Client, root: int, fids: list[int], wanted: list[bytearray], seed: int) -> None:
+            dice = random.Random(seed)
+            try:
+                while not stop.is_set():
+                    n, at, piece = (
+                        dice.randrange(4),
+                        dice.randrange(32) * 4096,
+                        dice.choice(blocks)[: dice.choice([5, 4096])],
+                    )
+                    client.write_all(fids[n], at, piece)
+                    wanted[n][at : at + len(piece)] = piece
+                    time.sleep(0.0005)
+            except Exception as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=work, args=(*one, seed)) for seed, one in enumerate(clients)]
+        for thread in threads:
+            thread.start()
+        shared = 0
+        try:
+            for _ in range(15):
+                shared += lab.run()["shared"]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert not failed
+        assert shared > 0
+        for guest, (client, root, _, wanted) in zip(guests, clients, strict=True):
+            for n, data in enumerate(wanted):
+                assert client.read_file(root, f"f{n}") == data == (guest / f"f{n}").read_bytes()
+    lab.check()
+
+
 def test_kills_at_any_time_leave_all_whole(lab: Lab) -> None:
     guests = lab.guests(4)
     files = packages(lab, 2 * MIB)
@@ -721,8 +776,8 @@ def test_a_full_store(make_lab: Callable[..., Lab]) -> None:
         while True:
             file.write(bytes(MIB))
     with contextlib.suppress(OSError):
-        for n in range(100_000):
-            (lab.store / f"tiny{n}").write_bytes(b"x" * 1500)
+        for n in range(100_000):  # metadata, too
+            (lab.store / f"link{n}").symlink_to("x" * 3900)
     before = {path: hashlib.sha256(path.read_bytes()).digest() for guest in guests for path in guest.iterdir()}
     done = lab.call("run", "--settle", "0", "--json")
     assert done.returncode in (0, 1), done.stderr

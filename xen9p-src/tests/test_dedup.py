@@ -601,25 +601,32 @@ def test_kills_at_any_time_leave_all_whole(lab: Lab) -> None:
     assert lab.digests() == before
 
 
+class Cut(BaseException):
+    """Instead of a kill, at a certain place."""
+
+
+def cut_off(lab: Lab, title: str, after: int, **options: Any) -> None:
+    """A run that ends when it has told so often how far it is in a tree."""
+    seen = 0
+
+    def tell(text: str) -> None:
+        nonlocal seen
+        seen += text.startswith(f"{title} ")
+        if seen == after:
+            raise Cut
+
+    with stores(policy.load(lab.policy, check_paths=False), []) as (found, _), contextlib.suppress(Cut):
+        run_store(found[0], lab.state, Options(**{"settle": 0.0, **options}), tell, everything=True)
+    assert seen == after
+
+
 def test_a_run_goes_on_where_it_was_cut_off(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xen9p.dedup.COMMIT", 0.0)
     guests = lab.guests(2)
     files = {f"f{n:03}": lab.bytes(CHUNK) for n in range(60)}
     for guest in guests:
         write(guest, files)
-    seen = 0
-
-    class Cut(BaseException):
-        pass
-
-    def tell(text: str) -> None:
-        nonlocal seen
-        seen += text.startswith("g1 ")
-        if seen == 30:
-            raise Cut
-
-    with stores(policy.load(lab.policy, check_paths=False), []) as (found, _), contextlib.suppress(Cut):
-        run_store(found[0], lab.state, Options(settle=0.0), tell, everything=True)
+    cut_off(lab, "g1", 60)
     write(guests[1], {"f001": lab.bytes(CHUNK), "f002": files["f003"]})  # before the place where it was cut off
     write(guests[0], {"f050": files["f051"]})
     rest = lab.run()
@@ -627,6 +634,33 @@ def test_a_run_goes_on_where_it_was_cut_off(lab: Lab, monkeypatch: pytest.Monkey
     assert {tree["name"]: tree["files"] for tree in rest["trees"]}["g1"] <= 40, "it began at the beginning again"
     assert places(guests[1] / "f002") == places(guests[0] / "f003")
     assert places(guests[0] / "f050") == places(guests[0] / "f051")
+
+
+def test_a_run_that_is_cut_off_forgets_no_file_that_waits(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither those that there was room to note, nor the others."""
+    monkeypatch.setattr("xen9p.dedup.COMMIT", 0.0)
+    monkeypatch.setattr(dedup_state, "MOST_WAITING", 5)
+    guests = lab.guests(2)
+    files = {f"f{n:03}": lab.bytes(CHUNK) for n in range(30)}
+    for guest in guests:
+        write(guest, files)
+    cut_off(lab, "g1", 20, settle=3600.0)
+    assert lab.run()["shared"] == len(files) * CHUNK
+
+
+def test_a_large_file_that_is_cut_off(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was shared stays, and how far it is was told in the middle of it."""
+    monkeypatch.setattr("xen9p.dedup.COMMIT", 0.0)
+    monkeypatch.setattr("xen9p.dedup.STRETCH", MIB)
+    guests = lab.guests(2)
+    data = lab.bytes(12 * MIB)
+    for guest in guests:
+        write(guest, {"large": data})
+    cut_off(lab, "g1", 6)
+    rest = lab.run()
+    assert 4 * MIB <= rest["already"] <= 8 * MIB
+    assert rest["shared"] + rest["already"] == len(data)
+    assert (guests[1] / "large").read_bytes() == data
 
 
 # What a hostile guest may have there.

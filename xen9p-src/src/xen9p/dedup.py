@@ -284,7 +284,7 @@ class Deduper:
         self._stretches: OrderedDict[tuple[int, int, int], dict[int, Chunk]] = OrderedDict()
         self._run: Run | None = None
         self._committed = self._began = time.monotonic()
-        self._slept = 0.0
+        self._here: tuple[Tree, Progress, int, str] | None = None
 
     def run(self, *, everything: bool) -> None:
         """Looks at all that has changed since the last run, and shares what is equal.
@@ -331,6 +331,7 @@ class Deduper:
             progress.base = self._base_of_clone(tree)
         hold = False
         for number, base in self._state.waiting(tree.id):
+            # No commit until it is done, or waits again: a kill must not lose it.
             self._state.waited(tree.id, number)
             hold |= not self._file(tree, number, base, self._ranges_of(tree, number, base))
         # A run that was cut off: first what it had not reached, and then what is newer than what it was to reach.
@@ -339,14 +340,18 @@ class Deduper:
             first = progress.cursor if upto != target or len(passes) == 1 else 0
             progress.target = upto
             for number, ranges in _by_file(self._look.changes(tree.id, progress.base + 1, first)):
+                # What was held back has to be looked at again from the beginning.
+                self._here = tree, progress, 0 if hold else number, title
                 hold |= not self._file(tree, number, progress.base, ranges)
-                self._commit(tree, progress, number, title)
+                self._here = tree, progress, 0 if hold else number, title
+                self._breathe()
             self._share_run()
+            self._here = None
             if not hold:
                 progress.base = upto
             progress.target = progress.cursor = 0
         progress.finished = time.time()
-        self._commit(tree, progress, 0, title, now=True)
+        self._commit(tree, progress, 0, title)
 
     def _base_of_clone(self, tree: Tree) -> int:
         """What a clone of a tree that has been looked at begins with is known."""
@@ -356,12 +361,15 @@ class Deduper:
                 return min(known.base, tree.subvolume.born)
         return 0
 
-    def _commit(self, tree: Tree, progress: Progress, cursor: int, title: str, *, now: bool = False) -> None:
-        moment = time.monotonic()
-        if not now and moment - self._committed < COMMIT:
-            return
+    def _breathe(self) -> None:
+        """Makes sure of what has been done, now and then."""
+        if self._here is not None and time.monotonic() - self._committed >= COMMIT:
+            self._commit(*self._here)
+
+    def _commit(self, tree: Tree, progress: Progress, cursor: int, title: str) -> None:
+        """Writes down what has been done of a tree: all files before the one with number *cursor*."""
         self._share_run()
-        self._committed = moment
+        self._committed = moment = time.monotonic()
         self._now.metadata = self._look.read - self._read_before
         c = self._now
         self._tell(
@@ -399,6 +407,7 @@ class Deduper:
             for at in range(start, min(end, inode.size), STRETCH):
                 for chunk in self._chunks(tree.id, inode, at, min(end, at + STRETCH)):
                     self._chunk(tree, inode, chunk)
+                self._breathe()
         self._share_run()
         return True
 

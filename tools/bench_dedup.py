@@ -65,9 +65,9 @@ def mounted(image: Path, point: Path) -> Iterator[str]:
         finally:
             run("umount", point)
     finally:
-        run("losetup", "--detach", loop)
         # Another copy has the same id: the kernel must not take it for an old state of this one.
-        subprocess.run(["btrfs", "device", "scan", "--forget"], check=False, capture_output=True)
+        subprocess.run(["btrfs", "device", "scan", "--forget", loop], check=False, capture_output=True)
+        run("losetup", "--detach", loop)
 
 
 def read_from(loop: str) -> int:

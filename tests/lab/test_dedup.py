@@ -100,3 +100,16 @@ def test_bad_input_is_one_line(dom0: Dom0) -> None:
     assert result.rc == 1
     assert "unknown export nothing" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_systemd_runs_it(dom0: Dom0) -> None:
+    """The service has the rights that it takes, and no more."""
+    dom0.out("xen9p dedup schedule --on daily --limit 50M")
+    try:
+        assert dom0.out("xen9p dedup schedule --on daily --limit 50M").strip() == "runs at daily, as before"
+        assert dom0.out("systemctl is-enabled xen9p-dedup.timer").strip() == "enabled"
+        dom0.out("systemctl start xen9p-dedup.service")
+        assert "together" in dom0.out("journalctl -u xen9p-dedup.service -n 30 --no-pager -o cat")
+    finally:
+        dom0.out("xen9p dedup schedule --off")
+    assert dom0.run("systemctl is-enabled xen9p-dedup.timer").rc != 0

@@ -57,6 +57,11 @@ bench-scaling: ## what a request costs as fids, directories and devices grow; no
 	@tools/bootstrap check
 	@$(PYTHON) tools/bench_scaling.py $(ARGS)
 
+.PHONY: bench-dedup
+bench-dedup: ## de-duplication of drifted guests, against duperemove on files and disk images; as root, no Xen needed
+	@tools/bootstrap dedup
+	@$(PYTHON) tools/bench_dedup.py $(ARGS)
+
 .PHONY: sanitize
 sanitize: ## the tests that are mostly C, on a data plane with sanitizers: address and undefined, then thread
 	@tools/bootstrap check

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from xen9p import __version__, auth, control, file_options, policy
+from xen9p import __version__, auth, control, dedup_options, file_options, policy
 from xen9p.errors import Xen9pError
 
 EXIT_USAGE: Final = 2
@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--unix", metavar="PATH", help="listen on a Unix socket")
     where.add_argument("--tcp", metavar="HOST:PORT", type=file_options.host_port, help="listen on a TCP port")
     _keys(commands)
+    dedup_options.add(commands)
     file_options.add(commands)
     return top
 
@@ -236,11 +237,8 @@ def _run(args: argparse.Namespace) -> int:
         case "detach":
             control.ask(control.Detach(args.guest, args.tag), args.runtime_dir)
             print(f"detached {args.tag} from {args.guest}")
-        case "policy" if args.verb == "explain":
-            return _explain(args)
         case "policy":
-            rules = policy.load(args.file, check_paths=not args.no_paths)
-            print(f"{args.file}: {len(rules.exports)} exports, {len(rules.rules)} rules, all well")
+            return _policy(args)
         case "metrics":
             return _metrics(args)
         case "top":
@@ -250,6 +248,10 @@ def _run(args: argparse.Namespace) -> int:
         case "key":
             auth.make(args.file, args.name, args.uid)
             print(f"added the key {args.name} to {args.file}")
+        case "dedup":
+            from xen9p.dedup_commands import command as dedup  # noqa: PLC0415
+
+            return dedup(args)
         case "serve":
             return _serve(args)
         case "mount":
@@ -260,6 +262,14 @@ def _run(args: argparse.Namespace) -> int:
             from xen9p.file_commands import run as work_on_files  # noqa: PLC0415
 
             return work_on_files(args)
+    return 0
+
+
+def _policy(args: argparse.Namespace) -> int:
+    if args.verb == "explain":
+        return _explain(args)
+    rules = policy.load(args.file, check_paths=not args.no_paths)
+    print(f"{args.file}: {len(rules.exports)} exports, {len(rules.rules)} rules, all well")
     return 0
 
 

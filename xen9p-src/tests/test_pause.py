@@ -181,7 +181,7 @@ def test_orders_of_a_worker(tmp_path: Path) -> None:
         export = session.served.path
         order = Order(socket_path(tmp_path, 3, 0))
         assert order.hello["pauses"] is True
-        assert order("pause") == {"event": "paused", "left": 0}
+        assert order("pause") == {"event": "paused", "id": 0, "left": 0}
         send(session.client, codec.Tmkdir(session.root, b"d", 0o755, 0), 7)
         time.sleep(0.1)
         assert os.listdir(export) == []
@@ -212,7 +212,7 @@ def test_a_request_that_does_not_end_is_told(tmp_path: Path) -> None:
         until(lambda: session.served.device.stats()["in_flight"] == 1)
         order = Order(socket_path(tmp_path, 3, 0))
         began = time.monotonic()
-        assert order("pause") == {"event": "paused", "left": 1}
+        assert order("pause") == {"event": "paused", "id": 0, "left": 1}
         assert time.monotonic() - began < 2 * worker.FINISH
         order.close()
         gates[b"d"].set()

@@ -234,7 +234,7 @@ class Worker:
                         self._trace(client, int(order.get("data", tracer.DATA)))
                         break
                     if order.get("do") == "pause":
-                        self._pause(client)
+                        self._pause(client, order.get("id", 0))
                     else:
                         self._obey(client, order)
             with self._lock:
@@ -277,7 +277,7 @@ class Worker:
                 case "metrics" if self.device:
                     self._send(client, {"event": "metrics"} | seen(self.device))
 
-    def _pause(self, client: socket.socket) -> None:
+    def _pause(self, client: socket.socket, number: object) -> None:
         """Has the device stand still, and says how much does not: 0 for a moment that a snapshot can be taken in."""
         until = time.monotonic() + FINISH
         with self._lock:
@@ -293,7 +293,7 @@ class Worker:
             if not left or time.monotonic() > until:
                 break
         with self._lock:
-            self._send(client, {"event": "paused", "left": left})
+            self._send(client, {"event": "paused", "id": number, "left": left})
 
     def _resume(self, client: socket.socket) -> bool:
         """Ends a client's pause; whether it was in force until now. With no guest's requests to take it always was."""

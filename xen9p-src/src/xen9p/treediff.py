@@ -282,6 +282,7 @@ class _Comparison:
         self.gone: dict[bytes, Node] = {}
         self.new: dict[bytes, Node] = {}
         self.found: list[Change] = []
+        self.dated: dict[bytes, Change] = {}
 
     def run(self, since: int, step: Callable[[int, int], None] | None) -> list[Change]:
         young = [tree.young(since) for tree in (self.older, self.newer)]
@@ -301,7 +302,9 @@ class _Comparison:
         for path, new in self.new.items():
             ranges = [(0, new.size)] if new.is_file and new.size else []
             self.found.append(Change("created", path, new.kind, size=new.size, ranges=ranges))
-        return self.found
+        above = {path.rpartition(b"/")[0] for c in self.found for path in (c.path, c.old) if path}
+        # That a directory has another time is no news where something in it has changed.
+        return self.found + [change for path, change in self.dated.items() if path not in above]
 
     def _add_gone(self, candidates: set[int], todo: list[int]) -> None:
         """What is in no directory of one any more leaves no trace but in the directories of the other."""
@@ -317,22 +320,25 @@ class _Comparison:
     def _look(self, number: int) -> None:
         old, new = self.older.node(number), self.newer.node(number)
         if old and new and old.generation == new.generation and stat.S_IFMT(old.mode) == stat.S_IFMT(new.mode):
-            lost, won = sorted(old.links - new.links), sorted(new.links - old.links)
-            for link in old.links & new.links:
-                self._same_name(self.older.named(link), self.newer.named(link), old, new)
-            if number == TOP:
-                self._same_name(b"", b"", old, new)
-            for before, after in zip(lost, won, strict=False):
-                path, was = self.newer.named(after), self.older.named(before)
-                change = self._difference(Change("renamed", path, new.kind, was, new.size, old.size), was, old, new)
-                self.found.append(change)
+            lost = sorted(self.older.named(link) for link in old.links - new.links)
+            won = sorted(self.newer.named(link) for link in new.links - old.links)
+            same = set(lost) & set(won)  # the directory is another one, and its path the same
+            pairs = [(self.older.named(link), self.newer.named(link)) for link in old.links & new.links]
+            pairs += [(path, path) for path in same]
+            for was, path in pairs if number != TOP else [(b"", b"")]:
+                self._same_name(was, path, old, new)
+            lost, won = [p for p in lost if p not in same], [p for p in won if p not in same]
+            for was, path in zip(lost, won, strict=False):
+                change = Change("renamed", path, new.kind, was, new.size, old.size)
+                self.found.append(self._difference(change, was, old, new))
             lost, won = lost[len(won) :], won[len(lost) :]
         else:
-            lost, won = sorted(old.links if old else ()), sorted(new.links if new else ())
+            lost = [self.older.named(link) for link in old.links] if old else []
+            won = [self.newer.named(link) for link in new.links] if new else []
         if old:
-            self.gone |= {self.older.named(link): old for link in lost}
+            self.gone |= dict.fromkeys(lost, old)
         if new:
-            self.new |= {self.newer.named(link): new for link in won}
+            self.new |= dict.fromkeys(won, new)
 
     def _same_name(self, was: bytes, path: bytes, old: Node, new: Node) -> None:
         change = Change("metadata", path, new.kind, None if was == path else was, new.size, old.size)
@@ -341,6 +347,9 @@ class _Comparison:
             change.kind = "modified"
         if change.kind == "modified" or change.what:
             self.found.append(change)
+        elif new.is_dir and old.mtime != new.mtime:
+            change.what.append("mtime")
+            self.dated[path] = change
 
     def _difference(self, change: Change, was: bytes, old: Node, new: Node) -> Change:
         change.node = old.number

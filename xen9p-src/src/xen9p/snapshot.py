@@ -275,7 +275,7 @@ class Store:
             except BaseException:
                 self._undo()
                 raise
-        made = tuple(s for s in self.all() if s.name == name and s.export in exports)
+        made = tuple(s for export in sorted(exports) for s in self.all(export) if s.name == name)
         return Made(made, blink.ms, blink.devices)
 
     def _free_name(self, exports: Mapping[str, Path], name: str) -> str:

@@ -311,6 +311,31 @@ def test_a_clone_is_writable_and_its_own(home: Path, point: Path) -> None:
         store_of(home).clone("home", "a", home, "copy")
 
 
+def test_a_guest_sees_its_snapshots_and_cannot_change_them(home: Path) -> None:
+    """Through a device of its own, also those that are made and deleted while it is attached."""
+    (home / "d").mkdir()
+    (home / "d/f").write_text("one")
+    folder = snapshot.provide("home", home)
+    assert folder == home.parent / ".snapshots/home"
+    with memory_session(folder, readonly=True) as session:
+        client = session.client
+        take(home, "a")
+        (home / "d/f").write_text("two")
+        take(home, "b")
+        assert [client.read_file(session.root, name) for name in (b"a/d/f", b"b/d/f")] == [b"one", b"two"]
+        qids = set()
+        for name in (b"a/d/f", b"b/d/f"):
+            with client.walked(session.root, name) as fid:
+                qids.add(client.getattr(fid).qid.path)
+        assert len(qids) == 2, "two files with one number confuse the guest"
+        with pytest.raises(OSError, match="Read-only"):
+            client.write_file(session.root, b"a/d/f", b"three")
+        store_of(home).delete("home", "a")
+        with pytest.raises(OSError, match="No such file"):
+            client.read_file(session.root, b"a/d/f")
+        assert client.read_file(session.root, b"b/d/f") == b"two"
+
+
 # Schedules.
 
 

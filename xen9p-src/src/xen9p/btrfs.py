@@ -20,6 +20,8 @@ from xen9p.quota import SUBVOLUME, mount_of
 TOP: Final = SUBVOLUME
 """The inode number of a subvolume's top."""
 MOST: Final = (1 << 64) - 1
+SNAPSHOTS: Final = ".snapshots"
+"""The directory of all snapshots, at the top of a filesystem."""
 FIRST, LAST = 256, MOST - 255
 """Between them are the numbers of files."""
 
@@ -67,6 +69,11 @@ def opened(path: Path | str | bytes, flags: int = os.O_DIRECTORY, dir_fd: int | 
 def is_subvolume(path: Path) -> bool:
     """Whether a directory is the top of a btrfs subvolume. Raises OSError, it is missing."""
     return path.stat().st_ino == TOP and mount_of(path).kind == "btrfs"
+
+
+def place(export: str, path: Path) -> Path:
+    """The directory of an export's snapshots, whether there are any or not. Raises OSError, the export is missing."""
+    return mount_of(path).point / SNAPSHOTS / export
 
 
 def snapshot(source: int, folder: int, name: str, *, readonly: bool) -> None:

@@ -15,6 +15,7 @@ identity = "as-is"  # or {squash = {uid = 1000, gid = 1000}}, {map = [[0, 100000
 groups = "own"      # or "host", or {1000 = [1000, 100]}; default "own"
 special = false     # whether device nodes, FIFOs and sockets may be made; default false
 quota = {bytes = "2G", files = 100000}
+snapshots = true    # the export's snapshots, read-only, under the tag TAG-snapshots; or another tag; default false
 [rules.limits]
 fids = 10000
 """
@@ -31,7 +32,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p import quota, users
+from xen9p import btrfs, quota, users
 from xen9p.errors import PolicyError
 from xen9p.quota import Quota, parse_size, size_text
 from xen9p.users import MOST_ID, Identity, Range, Users
@@ -46,7 +47,7 @@ _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 _RULE_KEYS: Final = (
     "guest", "uuid", "export", "tag", "access", "attach", "frontend",
-    "checks", "identity", "groups", "special", "limits", "quota",
+    "checks", "identity", "groups", "special", "limits", "quota", "snapshots",
 )  # fmt: skip
 _NAME_HELP: Final = "use 1 to 31 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 
@@ -121,6 +122,8 @@ class Rule:
     frontend: str = "kernel"
     terms: Terms = field(default_factory=Terms)
     quota: Quota = field(default_factory=Quota)
+    snapshots: str = ""
+    """The tag under which the guest has the export's snapshots, "" for none."""
     number: int = 0
     """Its place in the file, from 1."""
 
@@ -148,6 +151,8 @@ class Grant:
     frontend: str = "kernel"
     """Who serves the guest's end: "kernel" (v9fs) or "user" (our own client)."""
     terms: Terms = field(default_factory=Terms)
+    of: Export | None = None
+    """The export whose snapshots these are, if they are."""
 
     def later(self, now: Grant | None) -> str:
         """What of a device made by this grant another one changes at its next attach only, in words; "" for nothing."""
@@ -175,8 +180,13 @@ class Policy:
     source: str = ""
 
     def resolve(self, guest_name: str, uuid: str) -> list[Grant]:
-        """Every grant for a guest in the order of the rules; where tags repeat, the first rule wins."""
-        return [self.grant(rule) for rule, winner in self.matching(guest_name, uuid) if rule is winner]
+        """Every grant for a guest in the order of the rules, then those of snapshots; of two with one tag the first."""
+        rules = [rule for rule, winner in self.matching(guest_name, uuid) if rule is winner]
+        grants = {rule.tag: self.grant(rule) for rule in rules}
+        for rule in rules:
+            if rule.snapshots and rule.snapshots not in grants:
+                grants[rule.snapshots] = self.snapshots(rule)
+        return list(grants.values())
 
     def matching(self, guest_name: str, uuid: str) -> list[tuple[Rule, Rule]]:
         """Every rule that speaks of a guest, and the one that has its tag: itself, or an earlier one."""
@@ -187,6 +197,16 @@ class Policy:
         """What a rule gives."""
         path = self.exports[rule.export].path
         return Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, rule.frontend, rule.terms)
+
+    def snapshots(self, rule: Rule) -> Grant:
+        """What a rule gives of its export's snapshots."""
+        export = self.exports[rule.export]
+        try:
+            path = btrfs.place(export.name, export.path)
+        except OSError:  # there is no export, so there are none
+            path = export.path.parent / btrfs.SNAPSHOTS / export.name
+        name = f"{export.name}.snapshots"
+        return Grant(name, path, rule.snapshots, True, rule.auto, rule.frontend, rule.terms, export)
 
     def quotas(self) -> dict[Path, Quota]:
         """How much each directory may hold, of those that have a quota."""
@@ -338,9 +358,21 @@ class _Parser:
         frontend = self._choice(table, "frontend", where, ("kernel", "user"))
         terms = self._terms(table, where)
         most = self._quota(table, where)
+        snapshots = self._snapshots(table.get("snapshots", False), tag, where)
         if len(self.problems) > before or export is None or tag is None:
             return None
-        return Rule(guest, uuid, export, tag, access == "ro", attach == "auto", frontend, terms, most, number)
+        readonly, auto = access == "ro", attach == "auto"
+        return Rule(guest, uuid, export, tag, readonly, auto, frontend, terms, most, snapshots, number)
+
+    def _snapshots(self, value: object, tag: str | None, where: str) -> str:
+        if not isinstance(value, bool | str):
+            self.problems.append(f"{where}: snapshots is {value!r:.60} (write true, false or a tag)")
+            return ""
+        wanted = f"{tag}-snapshots" if value is True else value or None
+        if value is not False and (wanted is None or not _NAME.fullmatch(wanted)):
+            self.problems.append(f'{where}: snapshots: bad tag "{wanted or ""}" ({_NAME_HELP})')
+            return ""
+        return wanted or ""
 
     # How it may be used.
 
@@ -513,11 +545,12 @@ class _Parser:
 
     def _duplicates(self, rules: list[Rule]) -> None:
         """Two rules that give one guest the same tag. Two different patterns may overlap unseen."""
-        for i, second in enumerate(rules):
-            for first in rules[:i]:
-                if first.tag == second.tag and _same_guest(first, second):
+        tags = [(tag, rule) for rule in rules for tag in (rule.tag, rule.snapshots) if tag]
+        for i, (tag, second) in enumerate(tags):
+            for other, first in tags[:i]:
+                if other == tag and _same_guest(first, second):
                     self.problems.append(
-                        f'tag "{second.tag}" is given twice to {second.subject}: export {first.export} '
+                        f'tag "{tag}" is given twice to {second.subject}: export {first.export} '
                         f"and export {second.export} (give each its own tag)"
                     )
 

@@ -27,7 +27,6 @@ from xen9p.errors import Xen9pError
 from xen9p.quota import mount_of
 from xen9p.treediff import Change, Tree, compare, parted
 
-FOLDER: Final = ".snapshots"
 META: Final = ".meta"
 NOW: Final = "now"
 """What an export is called as it is, among its snapshots."""
@@ -92,11 +91,6 @@ class Made:
     devices: int
 
 
-def place(export: str, path: Path) -> Path:
-    """The directory of an export's snapshots, whether there are any or not. Raises OSError, the export is missing."""
-    return mount_of(path).point / FOLDER / export
-
-
 def check_name(name: str) -> None:
     """Raises SnapshotError if a snapshot cannot have this name."""
     if not _NAME.fullmatch(name) or name == NOW:
@@ -127,6 +121,18 @@ def check_export(export: str, path: Path) -> None:
         )
 
 
+def provide(export: str, path: Path) -> Path:
+    """The directory of an export's snapshots, made if it is not there: for guests that may see them. SnapshotError."""
+    check_export(export, path)
+    folder = btrfs.place(export, path)
+    try:
+        folder.parent.mkdir(mode=0o711, exist_ok=True)
+        folder.mkdir(mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise _failed(f"{folder} is not made", error) from None
+    return folder
+
+
 class Store:
     """The snapshots of one btrfs.
 
@@ -136,7 +142,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.folder = root / FOLDER
+        self.folder = root / btrfs.SNAPSHOTS
         self.meta = self.folder / META
 
     @classmethod

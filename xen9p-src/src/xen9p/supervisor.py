@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from xen9p import __version__, device, journal, policy, quota, workers, xenbus
+from xen9p import __version__, device, journal, policy, quota, snapshot, workers, xenbus
 from xen9p.blink import Blink
 from xen9p.budget import Budget
 from xen9p.control import (
@@ -256,6 +256,11 @@ class Supervisor:
 
     def _problems(self, grant: Grant) -> list[str]:
         """What keeps an export from being served now, a line each."""
+        if grant.of is not None:
+            try:
+                snapshot.provide(grant.of.name, grant.of.path)
+            except Xen9pError as error:
+                return [str(error)]
         return policy.path_problems(policy.Export(grant.export, grant.path)) or self._hold(grant.path)
 
     def _hold(self, path: Path) -> list[str]:

@@ -170,7 +170,12 @@ def test_a_guest_from_create_to_restore(home: Path, run: Command, tmp_path: Path
     (home / "late").touch()
     assert run("restore", "home", "one")["changed"] is True
     assert os.listdir(home) == ["f"]
+    assert run("clone", "g1", "one", "g9", "--dry-run") == {
+        "changed": True, "path": str(home.parent / "g9"), "export": "g1-root"
+    }  # fmt: skip
     assert run("clone", "g1", "one", "g9")["path"] == str(home.parent / "g9")
+    assert run("clone", "g1", "one", "g9", "--dry-run")["changed"] is False
+    assert "exists already" in run("clone", "g1", "one", "g9")["error"]
     assert run("create", "home")["devices"] == 0
     assert [s["name"] for s in run("prune", "home", "--keep-last", "1", "--dry-run")["deleted"]] == ["one"]
     assert len(run("prune", "home", "--keep-last", "1")["deleted"]) == 1

@@ -142,7 +142,7 @@ def _list(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any]
         _say(args, *table([("EXPORT", "NAME", "TIME", "GUEST", "REASON"), *map(_row, found)], right=5))
     else:
         _say(args, f"no snapshots of {', '.join(target.exports)}")
-    return {"snapshots": [s.plain() for s in found]}
+    return {"exports": sorted(target.exports), "snapshots": [s.plain() for s in found]}
 
 
 def _row(one: Snapshot) -> tuple[str, ...]:
@@ -259,6 +259,12 @@ def _prune(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any
 def _clone(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any]:
     roots = [export for export, tag in target.tags.items() if tag == ROOT_TAG]
     export = roots[0] if roots else target.one("a clone")[0]
+    if args.dry_run:
+        target.store.get(export, args.name)
+        made = target.exports[export].parent / args.new
+        there = os.path.lexists(made)
+        _say(args, f"{made} " + ("exists already" if there else "would be made"))
+        return {"changed": not there, "path": str(made), "export": export}
     made = target.store.clone(export, args.name, target.exports[export], args.new)
     _say(args, f"{made} is a writable copy of {export} as it was in {args.name}")
     return {"changed": True, "path": str(made), "export": export}

@@ -85,6 +85,7 @@ def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.A
     )
     clone.add_argument("name", metavar="NAME", help="a snapshot")
     clone.add_argument("new", metavar="NEW", help="name of the new directory")
+    clone.add_argument("--dry-run", action="store_true", help="only say where it would be, and whether it is there")
     last(clone)
 
 

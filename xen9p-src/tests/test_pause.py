@@ -84,6 +84,19 @@ def test_what_changes_nothing_holds_nothing_up(export: Path) -> None:
             worker.server._HANDLERS[codec.Tattach] = original
 
 
+def test_waiting_for_a_snapshot_is_time_in_the_ring(export: Path) -> None:
+    with memory_session(export) as session:
+        device = session.served.device
+        device.pause(5)
+        assert device.quiet(1) == 0
+        send(session.client, codec.Tmkdir(session.root, b"d", 0o755, 0), 7)
+        time.sleep(0.3)
+        assert device.resume()
+        assert receive(session.client)[0] == 7
+        until(lambda: "change" in device.times())
+        assert 0.2 < device.times()["change"]["ring"]["seconds"] < 3
+
+
 def test_it_goes_on_by_itself(export: Path) -> None:
     with memory_session(export) as session:
         device = session.served.device

@@ -26,6 +26,17 @@ static void unpark(struct x9_dev *dev)
     pthread_cond_broadcast(&dev->cold.more);
 }
 
+/* What has come begins its time in the ring now. */
+static void see(struct x9_dev *dev)
+{
+    obs_look(dev);
+    for (uint32_t i = 0; i < dev->nlinks; i++) {
+        int64_t have = dev->links[i]->kind == X9_STREAM ? 0 : ring_readable(&dev->links[i]->ring);
+        if (have > 0)
+            obs_see(dev->links[i], (uint32_t)have);
+    }
+}
+
 /* On the reader, between two messages: returns when the pause is over, or the device is ending. */
 void dev_stand_still(struct x9_dev *dev)
 {
@@ -43,6 +54,7 @@ void dev_stand_still(struct x9_dev *dev)
         int err = dev_wait_events(dev, (int)((left + 999999) / 1000000));
         if (err)
             x9_dev_fail(dev, "waiting for events failed while the device was paused");
+        see(dev);
         pthread_mutex_lock(&dev->lock);
     }
     unpark(dev);

@@ -198,10 +198,10 @@ static int lock_with_room(struct x9_link *link, uint32_t len)
             return ECANCELED;
         deadline_in(&until, 100);
         pthread_mutex_lock(&dev->lock);
-        dev->room_waiters++;
+        __atomic_add_fetch(&dev->room_waiters, 1, __ATOMIC_RELAXED); /* the reader looks without the lock */
         if (!dev->stop && dev->signs == before)
             pthread_cond_timedwait(&dev->room, &dev->lock, &until);
-        dev->room_waiters--;
+        __atomic_sub_fetch(&dev->room_waiters, 1, __ATOMIC_RELAXED);
         pthread_mutex_unlock(&dev->lock);
     }
 }

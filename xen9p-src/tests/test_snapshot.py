@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -236,18 +236,14 @@ def test_two_within_a_second_and_a_clock_that_goes_back(home: Path, monkeypatch:
     assert ([s.name for s in kept], [s.name for s in gone]) == (names[2:], names[:2])
 
 
-@pytest.mark.parametrize("where", range(1, 30, 2))
-def test_killed_at_any_time_it_leaves_a_store_that_is_whole(home: Path, point: Path, where: int) -> None:
-    """At its nth call to the system that changes something."""
-    other = subvolume(point / "other")
-    code = f"""
-import os, signal, sys
-sys.path[:0] = {sys.path!r}
+# Dies at its nth call to the system that changes something: before it or after it.
+MORTAL = """import os, signal, sys
+sys.path[:0] = sys.argv[3].split(":")
 from pathlib import Path
 from contextlib import contextmanager
 from types import SimpleNamespace
 from xen9p import btrfs, snapshot
-left = {where}
+left = int(sys.argv[1])
 def counted(module, name):
     original = getattr(module, name)
     def call(*args, **kwargs):
@@ -260,19 +256,37 @@ def counted(module, name):
                 result = original(*args, **kwargs)
         return result
     setattr(module, name, call)
-for module, names in ((os, ("rename", "fsync", "mkdir", "unlink")), (btrfs, ("snapshot", "destroy", "sync"))):
+from xen9p import beneath
+for module, names in (
+    (os, ("rename", "fsync", "mkdir", "unlink")),
+    (btrfs, ("snapshot", "destroy", "sync")),
+    (beneath, ("exchange",)),
+):
     for name in names:
         counted(module, name)
 @contextmanager
 def still(paths):
     yield SimpleNamespace(held=True, ms=1.0, devices=0)
-exports = {{"home": Path({str(home)!r}), "other": Path({str(other)!r})}}
-snapshot.Store.of(exports).create(exports, "new", still)
+point = Path(sys.argv[4])
+exports = {"home": point / "home", "other": point / "other"}
+exec(sys.argv[2])
 """
-    exports = {"home": home, "other": other}
-    Store.of(exports).create(exports, "old", Still())
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+
+
+def die(point: Path, where: int, work: str) -> int:
+    """Has a process do some work until it dies; its exit code."""
+    path = ":".join(sys.path)
+    command = [sys.executable, "-c", MORTAL, str(where), work, path, str(point)]
+    done = subprocess.run(command, check=False, capture_output=True)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+@pytest.mark.parametrize("where", range(1, 30, 2))
+def test_killed_at_any_time_it_leaves_a_store_that_is_whole(home: Path, point: Path, where: int) -> None:
+    exports = {"home": home, "other": subvolume(point / "other")}
+    Store.of(exports).create(exports, "old", Still())
+    die(point, where, 'snapshot.Store.of(exports).create(exports, "new", still)')
     listed = sorted((s.export, s.name) for s in Store.of(exports).all() if s.name == "new")
     assert listed in ([], [("home", "new"), ("other", "new")])
     if listed:
@@ -282,6 +296,48 @@ snapshot.Store.of(exports).create(exports, "new", still)
     leftovers = [p for p in (point / ".snapshots").glob("*/.*") if p.parent.name != ".meta"]
     assert leftovers == []
     assert len(list((point / ".snapshots/.meta").glob("*.json*"))) == 2
+
+
+@pytest.mark.parametrize("where", range(1, 9))
+def test_killed_while_a_tree_is_exchanged_it_is_the_old_one_or_the_new(home: Path, point: Path, where: int) -> None:
+    subvolume(point / "other")
+    (home / "f").write_text("old")
+    take(home, "a")
+    (home / "f").write_text("new")
+    (home / "g").touch()
+    code = die(point, where, 'snapshot.Store.of(exports).swap("home", "a", exports["home"])')
+    seen = (sorted(os.listdir(home)), (home / "f").read_text())
+    assert seen in ((["f"], "old"), (["f", "g"], "new"))
+    assert code or seen[1] == "old"
+    take(home, "b")
+    assert list((point / ".snapshots/.meta").glob("tmp-*")) == []
+    assert [s.name for s in store_of(home).all()] == ["a", "b"]
+
+
+def test_a_store_that_is_really_full(tmp_path: Path) -> None:
+    """One line or a whole snapshot, and what was there is there."""
+    with mounted(tmp_path, 120) as small:
+        home = subvolume(small / "home")
+        (home / "f").write_text("kept")
+        take(home, "old")
+        with suppress(OSError), (home / "big").open("wb") as file:
+            while True:
+                file.write(os.urandom(1 << 20))
+                file.flush()
+        for size in (4096, 100):
+            with suppress(OSError):
+                for i in range(20_000):
+                    (home / f"{size}-{i}").write_bytes(os.urandom(size))
+        names = ["old"]
+        for i in range(5):
+            try:
+                names.append(take(home, f"n{i}").name)
+            except SnapshotError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+                assert "the store is full" in str(error)  # noqa: PT017
+        assert [s.name for s in store_of(home).all()] == names
+        assert (small / ".snapshots/home/old/f").read_text() == "kept"
+        assert list((small / ".snapshots/home").glob(".*")) == []
 
 
 def test_a_full_store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

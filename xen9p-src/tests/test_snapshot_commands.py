@@ -21,7 +21,7 @@ from test_rates import until
 from test_snapshot import home  # noqa: F401 - a fixture
 from xen9p import cli, codec, control, worker, workers, zygote
 from xen9p.blink import Blink
-from xen9p.control import Answer, ControlServer, Pause, Request, Resume, Status
+from xen9p.control import Answer, Attach, ControlServer, Pause, Request, Resume, Status
 from xen9p.loop import Loop
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -48,6 +48,7 @@ class Lab:
         self.exports = exports
         self.loop = Loop()
         self.blink = Blink(self.loop)
+        self.late: set[str] = set()
         self.server = ControlServer(self.loop, control.socket_path(runtime), self.handle, self.blink.hung_up)
         self.told, self.tell = socket.socketpair()
         self.loop.add(self.told, self.loop.stop)
@@ -73,7 +74,10 @@ class Lab:
     def handle(self, request: Request, answer: Answer) -> None:
         match request:
             case Pause(paths, force):
-                self.blink.begin(paths, self.devices, force, answer)
+                self.blink.begin(paths, [d for d in self.devices if d[0] not in self.late], force, answer)
+            case Attach(_, name):  # its worker has just been started
+                self.blink.joined(next(d for d in self.devices if d[0] == f"g1 {name}"))
+                answer({"ok": True})
             case Resume():
                 self.blink.end(answer)
             case Status():
@@ -242,6 +246,21 @@ def test_only_those_that_write_there_stand_still(home: Path, tmp_path: Path) -> 
         session.client.mkdir(session.root, b"d")
         time.sleep(worker.STAND_STILL + 0.1)
         assert conversation.ask(Resume())["held"] is False, "they went on by themselves, and nobody was told"
+
+
+def test_a_device_that_comes_meanwhile_stands_still_too(home: Path, tmp_path: Path) -> None:  # noqa: F811
+    (home / "inner").mkdir()
+    with lab(tmp_path, home, home / "inner") as made, control.Conversation(tmp_path) as conversation:
+        made.late.add("g1 inner")
+        session = made.exports["inner"][1]
+        assert conversation.ask(Pause((str(home),)))["devices"] == 1
+        control.ask(Attach("g1", "inner"), tmp_path)
+        time.sleep(0.1)
+        send(session.client, codec.Tmkdir(session.root, b"d", 0o755, 0), 7)
+        time.sleep(0.2)
+        assert os.listdir(home / "inner") == []
+        assert conversation.ask(Resume())["held"] is True
+        assert receive(session.client)[0] == 7
 
 
 def test_without_a_supervisor_but_with_workers(home: Path, run: Command, tmp_path: Path) -> None:  # noqa: F811

@@ -184,7 +184,16 @@ def test_a_link_that_a_guest_put_there_leads_nowhere(home: Path, tmp_path: Path)
     (home / "d/e/f").symlink_to(outside / "f")
     back(home, "a")
     assert not (home / "d/e/f").is_symlink()
-    assert os.listdir(outside) == ["f"]
+    (outside / "e").mkdir()
+    (home / "d").rename(home / "elsewhere")
+    (home / "d").symlink_to(outside)
+    with pytest.raises(SnapshotError, match="d/e leads through what is no directory any more"):
+        back(home, "a", "d/e/f")
+    assert os.listdir(outside / "e") == []
+    back(home, "a")
+    assert (home / "d/e/f").read_text() == "the guest's"
+    assert sorted(os.listdir(outside)) == ["e", "f"]
+    assert os.listdir(outside / "e") == []
     assert (outside / "f").read_text() == "dom0's"
 
 

@@ -182,8 +182,12 @@ class _Restorer:
             return os.lstat(name, dir_fd=fd)
 
     def remove(self, path: bytes) -> None:
-        with suppress(FileNotFoundError, NotADirectoryError), self._parent(self.live, path) as (fd, name):
-            beneath.remove(fd, name)
+        try:
+            with self._parent(self.live, path) as (fd, name):
+                beneath.remove(fd, name)
+        except OSError as error:  # what it was in is not there, or leads elsewhere: then so is it
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
 
     def copy(self, path: bytes) -> None:
         """Makes a path as it is in the snapshot, with the directories above it."""

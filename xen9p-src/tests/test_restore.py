@@ -197,6 +197,39 @@ def test_a_link_that_a_guest_put_there_leads_nowhere(home: Path, tmp_path: Path)
     assert (outside / "f").read_text() == "dom0's"
 
 
+def test_depth_beyond_any_path(home: Path) -> None:  # noqa: F811
+    """A guest can make directories much deeper than a path is long."""
+
+    def dig(top: Path, content: str) -> None:
+        fd = os.open(top, os.O_RDONLY)
+        for _ in range(3000):
+            os.mkdir("deep", dir_fd=fd)
+            below = os.open("deep", os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        file = os.open("f", os.O_WRONLY | os.O_CREAT, dir_fd=fd)
+        os.write(file, content.encode())
+        os.close(file)
+        os.close(fd)
+
+    (home / "a").mkdir()
+    dig(home / "a", "one")
+    take(home, "s")
+    (home / "a").rename(home / "b")
+    found = back(home, "s", dry_run=True)
+    assert [(c.kind, c.path, c.old) for c in found] == [("renamed", b"b", b"a")]
+    back(home, "s")
+    assert os.listdir(home) == ["a"]
+    assert back(home, "s") == []
+    (home / "c").mkdir()
+    dig(home / "c", "two")
+    found = store_of(home).diff("home", home, "s")
+    assert len(found) == 3002
+    assert max(len(c.path) for c in found) > 15_000
+    back(home, "s")
+    assert os.listdir(home) == ["a"]
+
+
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "a\0b"])
 def test_paths_that_lead_elsewhere(path: str) -> None:
     with pytest.raises(SnapshotError, match="is no path in an export"):

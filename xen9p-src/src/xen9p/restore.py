@@ -206,13 +206,14 @@ class _Restorer:
         self.replace(path)
 
     def _folder(self, path: bytes) -> None:
-        above = path.rpartition(b"/")[0]
-        if above:
+        """Makes a directory of the snapshot's, and those above it, as far as they are not there."""
+        parts = path.split(b"/")
+        for count in range(1, len(parts) + 1):
+            here = b"/".join(parts[:count])
             with suppress(FileExistsError):
-                self._folder(above)
-        with self._parent(self.live, path) as (fd, name):
-            os.mkdir(name, 0o700, dir_fd=fd)
-        self._dress(path, self._stat(path))
+                with self._parent(self.live, here) as (fd, name):
+                    os.mkdir(name, 0o700, dir_fd=fd)
+                self._dress(here, self._stat(here))
 
     def replace(self, path: bytes) -> None:
         """Puts the snapshot's file in the place of what is there; a directory with all that is in it."""
@@ -291,16 +292,26 @@ class _Restorer:
             self.twins[found.st_ino] = open_beneath(folder, name)
 
     def _make_folder(self, path: bytes, found: os.stat_result, folder: int, name: bytes) -> None:
+        """A directory with all that is in it; without recursion, for a guest says how deep it is."""
         os.mkdir(name, 0o700, dir_fd=folder)
-        with (
-            self._opened(self.older.fd, path, os.O_RDONLY | os.O_DIRECTORY) as source,
-            self._opened(folder, name, _O_PATH | os.O_DIRECTORY) as made,
-        ):
-            for entry in os.listdir(source):
-                inner = path + b"/" + os.fsencode(entry) if path else os.fsencode(entry)
-                there = os.lstat(entry, dir_fd=source)
-                self._make(inner, there, made, os.fsencode(entry))
-            _dress(source, found, made)
+        todo, made = [(path, name, found)], []
+        while todo:
+            here, there, _ = todo[-1]
+            made.append(todo.pop())
+            with (
+                self._opened(self.older.fd, here, os.O_RDONLY | os.O_DIRECTORY) as source,
+                self._opened(folder, there, _O_PATH | os.O_DIRECTORY) as target,
+            ):
+                for entry in map(os.fsencode, os.listdir(source)):
+                    inner = os.lstat(entry, dir_fd=source)
+                    if stat.S_ISDIR(inner.st_mode):
+                        os.mkdir(entry, 0o700, dir_fd=target)
+                        todo.append((here + b"/" + entry, there + b"/" + entry, inner))
+                    else:
+                        self._make(here + b"/" + entry, inner, target, entry)
+        for here, there, inner in reversed(made):
+            with self._opened(self.older.fd, here) as source, self._opened(folder, there) as target:
+                _dress(source, inner, target)
 
     def adjust(self, path: bytes) -> None:
         """Only what is about a file; what is in it stays."""
@@ -393,6 +404,7 @@ def restore(
     Raises:
         SnapshotError: one line; before anything is changed, but for an error of the filesystem.
     """
+    changing = False
     try:
         with store.tree(export, name, live) as older, btrfs.opened(live) as top:
             in_use = open_files(runtime, os.fstat(top).st_dev)
@@ -406,9 +418,9 @@ def restore(
                     "have it closed, or use --force: whoever has it open keeps what it was",
                 )
             if not dry_run:
+                changing = True
                 _Restorer(older, top, made, step).run()
             return made.changes
     except OSError as error:
-        raise SnapshotError(
-            f"{export} is restored in part only: {error}", "put that right and restore again", error.errno
-        ) from None
+        how = "restored in part only" if changing else "not restored"
+        raise SnapshotError(f"{export} is {how}: {error}", "put that right and restore again", error.errno) from None

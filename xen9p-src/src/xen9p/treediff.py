@@ -123,7 +123,7 @@ class Tree:
         here = number
         while here not in self._paths:
             node = self.node(here)
-            if node is None or len(above) > 4096:
+            if node is None:
                 raise KeyError(number)
             parent, name = next(iter(node.links))
             above.append((here, name))
@@ -373,10 +373,10 @@ class _Comparison:
         return change
 
     @staticmethod
-    def _target(tree: Tree, path: bytes) -> str:
+    def _target(tree: Tree, path: bytes) -> bytes:
         fd = open_beneath(tree.fd, path, os.O_PATH)
         try:
-            return os.readlink("", dir_fd=fd)
+            return os.readlink(b"", dir_fd=fd)
         finally:
             os.close(fd)
 

@@ -392,6 +392,17 @@ def test_a_guest_sees_its_snapshots_and_cannot_change_them(home: Path) -> None:
         assert client.read_file(session.root, b"b/d/f") == b"two"
 
 
+def test_guests_users_may_look_in_whatever_the_umask(home: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        folder = snapshot.provide("home", home)
+        take(home)
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (folder, folder.parent, folder.parent / ".meta")]
+    assert modes == [0o755, 0o711, 0o700]
+
+
 # Schedules.
 
 

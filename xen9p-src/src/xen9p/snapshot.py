@@ -126,11 +126,20 @@ def provide(export: str, path: Path) -> Path:
     check_export(export, path)
     folder = btrfs.place(export, path)
     try:
-        folder.parent.mkdir(mode=0o711, exist_ok=True)
-        folder.mkdir(mode=0o755, exist_ok=True)
+        _have(folder.parent, 0o711)
+        _have(folder, 0o755)
     except OSError as error:
         raise _failed(f"{folder} is not made", error) from None
     return folder
+
+
+def _have(folder: Path, mode: int) -> None:
+    """A directory, with just this mode if it is new: guests' users look into some."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        return
+    folder.chmod(mode)
 
 
 class Store:
@@ -197,8 +206,8 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Alone, and what others have left half done is cleared away."""
         try:
-            self.folder.mkdir(mode=0o711, exist_ok=True)
-            self.meta.mkdir(mode=0o700, exist_ok=True)
+            _have(self.folder, 0o711)
+            _have(self.meta, 0o700)
             lock = os.open(self.meta / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _failed(f"{self.folder} cannot be used", error) from None
@@ -304,7 +313,7 @@ class Store:
     def _take(self, exports: Mapping[str, Path], name: str, pauser: Pauser, stack: ExitStack) -> Blink:
         pairs = []
         for export, path in exports.items():
-            (self.folder / export).mkdir(mode=0o755, exist_ok=True)
+            _have(self.folder / export, 0o755)
             source = stack.enter_context(btrfs.opened(path))
             pairs.append((source, stack.enter_context(btrfs.opened(self.folder / export))))
         btrfs.sync(pairs[0][0])  # so that little is left to be written while guests wait

@@ -62,7 +62,7 @@ class Blink:
         self._began = time.monotonic()
         for device in mine:
             self._add(device)
-        if mine:
+        if None in self._left.values():
             self._timer = self._loop.after(PATIENCE, self._answer)
         else:
             self._answer()

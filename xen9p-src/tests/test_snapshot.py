@@ -21,7 +21,7 @@ import pytest
 
 from btrfsloop import MISSING, mounted, subvolume
 from serving import Session, memory_session
-from xen9p import btrfs, snapshot
+from xen9p import btrfs, policy, snapshot
 from xen9p.snapshot import Keep, Snapshot, SnapshotError, Store
 from xen9p.treediff import Change
 
@@ -401,6 +401,15 @@ def test_guests_users_may_look_in_whatever_the_umask(home: Path) -> None:
         os.umask(before)
     modes = [path.stat().st_mode & 0o777 for path in (folder, folder.parent, folder.parent / ".meta")]
     assert modes == [0o755, 0o711, 0o700]
+
+
+def test_an_export_that_has_all_snapshots_in_it_is_not_served(home: Path) -> None:
+    whole = policy.Export("all", home.parent)
+    assert policy.path_problems(whole) == []
+    take(home)
+    assert "has the snapshots of all exports in it" in policy.path_problems(whole)[0]
+    assert policy.path_problems(policy.Export("home", home)) == []
+    assert policy.path_problems(policy.Export("home.snapshots", btrfs.place("home", home))) == []
 
 
 # Schedules.

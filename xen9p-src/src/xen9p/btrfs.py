@@ -22,6 +22,8 @@ TOP: Final = SUBVOLUME
 MOST: Final = (1 << 64) - 1
 SNAPSHOTS: Final = ".snapshots"
 """The directory of all snapshots, at the top of a filesystem."""
+META: Final = ".meta"
+"""In there: what is known of them."""
 FIRST, LAST = 256, MOST - 255
 """Between them are the numbers of files."""
 

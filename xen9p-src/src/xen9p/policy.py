@@ -267,6 +267,10 @@ def path_problems(export: Export) -> list[str]:
         return [f"export {export.name}: {export.path}: {error.strerror} (correct the path)"]
     if not stat.S_ISDIR(mode):
         return [f"export {export.name}: {export.path} is not a directory (an export is a directory tree)"]
+    if (export.path / btrfs.SNAPSHOTS / btrfs.META).is_dir():
+        return [
+            f"export {export.name}: {export.path} has the snapshots of all exports in it (export a directory in it)"
+        ]
     return []
 
 

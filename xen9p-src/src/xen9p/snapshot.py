@@ -27,7 +27,6 @@ from xen9p.errors import Xen9pError
 from xen9p.quota import mount_of
 from xen9p.treediff import Change, Tree, compare, parted
 
-META: Final = ".meta"
 NOW: Final = "now"
 """What an export is called as it is, among its snapshots."""
 LOCK_TIMEOUT: Final = 30.0
@@ -152,7 +151,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.folder = root / btrfs.SNAPSHOTS
-        self.meta = self.folder / META
+        self.meta = self.folder / btrfs.META
 
     @classmethod
     def of(cls, exports: Mapping[str, Path]) -> Store:

@@ -23,6 +23,7 @@ fids = 10000
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import stat
 import tomllib
@@ -267,10 +268,10 @@ def path_problems(export: Export) -> list[str]:
         return [f"export {export.name}: {export.path}: {error.strerror} (correct the path)"]
     if not stat.S_ISDIR(mode):
         return [f"export {export.name}: {export.path} is not a directory (an export is a directory tree)"]
-    if (export.path / btrfs.SNAPSHOTS / btrfs.META).is_dir():
-        return [
-            f"export {export.name}: {export.path} has the snapshots of all exports in it (export a directory in it)"
-        ]
+    # Only at the top of a filesystem: elsewhere it is a directory that a guest has made.
+    folder = export.path.resolve() / btrfs.SNAPSHOTS / btrfs.META
+    if os.path.isdir(folder) and quota.mount_of(export.path).point == folder.parent.parent:
+        return [f"export {export.name}: {export.path} has the snapshots of all exports (export a directory in it)"]
     return []
 
 

@@ -21,7 +21,7 @@ import pytest
 
 from btrfsloop import MISSING, mounted, subvolume
 from serving import Session, memory_session
-from xen9p import btrfs, policy, snapshot
+from xen9p import policy, snapshot, subvolumes
 from xen9p.snapshot import Keep, Snapshot, SnapshotError, Store
 from xen9p.treediff import Change
 
@@ -59,13 +59,13 @@ def home(point: Path) -> Iterator[Path]:
     """An export; afterwards its snapshots and itself are gone."""
     yield subvolume(point / "home")
     for path in [*point.glob(".snapshots/[a-z]*/*"), *point.glob(".snapshots/.meta/tmp-*")]:
-        with btrfs.opened(path.parent) as folder:
-            btrfs.destroy(folder, path.name)
+        with subvolumes.opened(path.parent) as folder:
+            subvolumes.destroy(folder, path.name)
     shutil.rmtree(point / ".snapshots", ignore_errors=True)
     for path in point.iterdir():
         if path.is_dir():
-            with btrfs.opened(point) as folder:
-                btrfs.destroy(folder, path.name)
+            with subvolumes.opened(point) as folder:
+                subvolumes.destroy(folder, path.name)
 
 
 def store_of(home: Path) -> Store:
@@ -98,7 +98,7 @@ def test_several_exports_are_of_one_instant(home: Path, point: Path, monkeypatch
 
     btrfs takes both so nearly at once that it would seldom be seen without a pause: here one of them is late.
     """
-    original = btrfs.snapshot
+    original = subvolumes.snapshot
 
     def late(source: int, folder: int, name: str, *, readonly: bool) -> None:
         time.sleep(0.02 if os.readlink(f"/proc/self/fd/{source}").endswith("other") else 0)
@@ -242,7 +242,7 @@ sys.path[:0] = sys.argv[3].split(":")
 from pathlib import Path
 from contextlib import contextmanager
 from types import SimpleNamespace
-from xen9p import btrfs, snapshot
+from xen9p import snapshot, subvolumes
 left = int(sys.argv[1])
 def counted(module, name):
     original = getattr(module, name)
@@ -410,7 +410,7 @@ def test_an_export_that_has_all_snapshots_in_it_is_not_served(home: Path) -> Non
     assert "has the snapshots of all exports" in policy.path_problems(whole)[0]
     (home / ".snapshots/.meta").mkdir(parents=True)  # a guest that would keep others from its export
     assert policy.path_problems(policy.Export("home", home)) == []
-    assert policy.path_problems(policy.Export("home.snapshots", btrfs.place("home", home))) == []
+    assert policy.path_problems(policy.Export("home.snapshots", subvolumes.place("home", home))) == []
 
 
 # Schedules.

@@ -33,7 +33,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p import btrfs, quota, users
+from xen9p import quota, subvolumes, users
 from xen9p.errors import PolicyError
 from xen9p.quota import Quota, parse_size, size_text
 from xen9p.users import MOST_ID, Identity, Range, Users
@@ -203,9 +203,9 @@ class Policy:
         """What a rule gives of its export's snapshots."""
         export = self.exports[rule.export]
         try:
-            path = btrfs.place(export.name, export.path)
+            path = subvolumes.place(export.name, export.path)
         except OSError:  # there is no export, so there are none
-            path = export.path.parent / btrfs.SNAPSHOTS / export.name
+            path = export.path.parent / subvolumes.SNAPSHOTS / export.name
         name = f"{export.name}.snapshots"
         return Grant(name, path, rule.snapshots, True, rule.auto, rule.frontend, rule.terms, export)
 
@@ -269,7 +269,7 @@ def path_problems(export: Export) -> list[str]:
     if not stat.S_ISDIR(mode):
         return [f"export {export.name}: {export.path} is not a directory (an export is a directory tree)"]
     # Only at the top of a filesystem: elsewhere it is a directory that a guest has made.
-    folder = export.path.resolve() / btrfs.SNAPSHOTS / btrfs.META
+    folder = export.path.resolve() / subvolumes.SNAPSHOTS / subvolumes.META
     if os.path.isdir(folder) and quota.mount_of(export.path).point == folder.parent.parent:
         return [f"export {export.name}: {export.path} has the snapshots of all exports (export a directory in it)"]
     return []

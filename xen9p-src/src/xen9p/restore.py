@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from xen9p import beneath, btrfs
+from xen9p import beneath, subvolumes
 from xen9p.beneath import open_beneath, open_parent
 from xen9p.snapshot import NOW, SnapshotError, Store
 from xen9p.treediff import Change, Tree, compare
@@ -340,7 +340,7 @@ def _by(fd: int) -> str:
 
 def _clone(source: int, target: int) -> None:
     try:
-        btrfs.reflink(source, target)
+        subvolumes.reflink(source, target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP):
             raise
@@ -406,7 +406,7 @@ def restore(
     """
     changing = False
     try:
-        with store.tree(export, name, live) as older, btrfs.opened(live) as top:
+        with store.tree(export, name, live) as older, subvolumes.opened(live) as top:
             in_use = open_files(runtime, os.fstat(top).st_dev)
             with store.tree(export, NOW, live) as newer:
                 since = store.since(older, newer, live)

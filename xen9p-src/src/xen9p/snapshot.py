@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from xen9p import beneath, btrfs
+from xen9p import beneath, subvolumes
 from xen9p.errors import Xen9pError
 from xen9p.quota import mount_of
 from xen9p.treediff import Change, Tree, compare, parted
@@ -108,7 +108,7 @@ def check_export(export: str, path: Path) -> None:
         raise SnapshotError(f"export {export}: {path}: {error.strerror}", "create it or correct the policy") from None
     if mount.kind != "btrfs":
         raise SnapshotError(f"export {export}: {mount.kind} has no snapshots", "have the export on btrfs")
-    if number != btrfs.TOP:
+    if number != subvolumes.TOP:
         raise SnapshotError(
             f"export {export}: {path} is no btrfs subvolume",
             "move its files into one that was made with: btrfs subvolume create",
@@ -123,7 +123,7 @@ def check_export(export: str, path: Path) -> None:
 def provide(export: str, path: Path) -> Path:
     """The directory of an export's snapshots, made if it is not there: for guests that may see them. SnapshotError."""
     check_export(export, path)
-    folder = btrfs.place(export, path)
+    folder = subvolumes.place(export, path)
     try:
         _have(folder.parent, 0o711)
         _have(folder, 0o755)
@@ -150,8 +150,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.folder = root / btrfs.SNAPSHOTS
-        self.meta = self.folder / btrfs.META
+        self.folder = root / subvolumes.SNAPSHOTS
+        self.meta = self.folder / subvolumes.META
 
     @classmethod
     def of(cls, exports: Mapping[str, Path]) -> Store:
@@ -191,9 +191,9 @@ class Store:
             when = datetime.strptime(said["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
             for export in said["exports"]:
                 path = self.folder / export / said["name"]
-                with suppress(OSError), btrfs.opened(path) as fd:
-                    one = btrfs.info(fd)
-                    if one.readonly and os.fstat(fd).st_ino == btrfs.TOP:
+                with suppress(OSError), subvolumes.opened(path) as fd:
+                    one = subvolumes.info(fd)
+                    if one.readonly and os.fstat(fd).st_ino == subvolumes.TOP:
                         yield Snapshot(
                             export, said["name"], path, when, one.made, said["guest"], said["reason"],
                             tuple(said["exports"]),
@@ -237,7 +237,7 @@ class Store:
         for part in self.meta.glob("*.part"):
             part.unlink()
         for left in self.meta.glob(f"{_TEMPORARY}*"):
-            with suppress(OSError), btrfs.opened(left) as fd:
+            with suppress(OSError), subvolumes.opened(left) as fd:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who compares with it holds this
                 self._destroy(self.meta, left.name)
         for file in self._files():
@@ -248,8 +248,8 @@ class Store:
 
     @staticmethod
     def _destroy(folder: Path, name: str) -> None:
-        with btrfs.opened(folder) as fd:
-            btrfs.destroy(fd, name)
+        with subvolumes.opened(folder) as fd:
+            subvolumes.destroy(fd, name)
 
     def create(
         self, exports: Mapping[str, Path], name: str, pauser: Pauser, *, guest: str = "", reason: str = ""
@@ -313,14 +313,14 @@ class Store:
         pairs = []
         for export, path in exports.items():
             _have(self.folder / export, 0o755)
-            source = stack.enter_context(btrfs.opened(path))
-            pairs.append((source, stack.enter_context(btrfs.opened(self.folder / export))))
-        btrfs.sync(pairs[0][0])  # so that little is left to be written while guests wait
+            source = stack.enter_context(subvolumes.opened(path))
+            pairs.append((source, stack.enter_context(subvolumes.opened(self.folder / export))))
+        subvolumes.sync(pairs[0][0])  # so that little is left to be written while guests wait
         pool = stack.enter_context(ThreadPoolExecutor(len(pairs)))
         list(pool.map(lambda _: None, pairs))  # its threads are there before anybody waits
         with pauser(list(exports.values())) as blink:
             # At the same time: then they share one commit of btrfs.
-            done = [pool.submit(btrfs.snapshot, *pair, _unfinished(name), readonly=True) for pair in pairs]
+            done = [pool.submit(subvolumes.snapshot, *pair, _unfinished(name), readonly=True) for pair in pairs]
             for one in done:
                 one.result()
         return blink
@@ -363,8 +363,8 @@ class Store:
             if os.path.lexists(target):
                 raise SnapshotError(f"{target} exists already", "choose another name")
             try:
-                with btrfs.opened(one.path) as source, btrfs.opened(path.parent) as folder:
-                    btrfs.snapshot(source, folder, new, readonly=False)
+                with subvolumes.opened(one.path) as source, subvolumes.opened(path.parent) as folder:
+                    subvolumes.snapshot(source, folder, new, readonly=False)
             except OSError as error:
                 raise _failed(f"{target} is not made", error) from None
             return target
@@ -376,15 +376,15 @@ class Store:
             fresh = f"{_TEMPORARY}{secrets.token_hex(8)}"
             try:
                 with (
-                    btrfs.opened(one.path) as source,
-                    btrfs.opened(self.meta) as meta,
-                    btrfs.opened(path.parent) as folder,
+                    subvolumes.opened(one.path) as source,
+                    subvolumes.opened(self.meta) as meta,
+                    subvolumes.opened(path.parent) as folder,
                 ):
-                    btrfs.snapshot(source, meta, fresh, readonly=False)
+                    subvolumes.snapshot(source, meta, fresh, readonly=False)
                     try:
                         beneath.exchange(meta, fresh, folder, path.name)
                     finally:
-                        btrfs.destroy(meta, fresh)  # the old tree by now; or the copy
+                        subvolumes.destroy(meta, fresh)  # the old tree by now; or the copy
             except OSError as error:
                 raise _failed(f"{export} is not restored", error) from None
 
@@ -394,15 +394,15 @@ class Store:
     def tree(self, export: str, name: str, path: Path) -> Iterator[Tree]:
         """A snapshot to be compared; NOW is one of the export at path that is gone afterwards. SnapshotError."""
         if name != NOW:
-            with btrfs.opened(self.get(export, name).path) as fd:
+            with subvolumes.opened(self.get(export, name).path) as fd:
                 yield Tree(fd)
             return
         temporary = f"{_TEMPORARY}{secrets.token_hex(8)}"
         with ExitStack() as stack:
             try:
-                with self.locked(), btrfs.opened(path) as source, btrfs.opened(self.meta) as meta:
-                    btrfs.snapshot(source, meta, temporary, readonly=True)
-                    fd = stack.enter_context(btrfs.opened(self.meta / temporary))
+                with self.locked(), subvolumes.opened(path) as source, subvolumes.opened(self.meta) as meta:
+                    subvolumes.snapshot(source, meta, temporary, readonly=True)
+                    fd = stack.enter_context(subvolumes.opened(self.meta / temporary))
                     fcntl.flock(fd, fcntl.LOCK_SH)
             except OSError as error:
                 raise _failed(f"no snapshot of {export} to compare with", error) from None
@@ -417,10 +417,10 @@ class Store:
         """parted() of two trees of the export at path."""
         known = {}
         for one in [*(s.path for s in self.all()), path]:
-            with suppress(OSError), btrfs.opened(one) as fd:
-                said = btrfs.info(fd)
+            with suppress(OSError), subvolumes.opened(one) as fd:
+                said = subvolumes.info(fd)
                 known[said.uuid] = said
-        return parted(btrfs.info(older.fd), btrfs.info(newer.fd), known)
+        return parted(subvolumes.info(older.fd), subvolumes.info(newer.fd), known)
 
     def diff(
         self,
@@ -449,7 +449,7 @@ class Store:
 
     @staticmethod
     def _rename(folder: Path, old: str, new: str) -> None:
-        with btrfs.opened(folder) as fd:
+        with subvolumes.opened(folder) as fd:
             os.rename(old, new, src_dir_fd=fd, dst_dir_fd=fd)
             os.fsync(fd)
 

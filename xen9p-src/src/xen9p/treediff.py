@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
 
-from xen9p import btrfs
+from xen9p import subvolumes
 from xen9p.beneath import open_beneath
-from xen9p.btrfs import FIRST, LAST, MOST, TOP, Info
+from xen9p.subvolumes import FIRST, LAST, MOST, TOP, Info
 
 BLOCK: Final = 4096
 _CHUNK: Final = 1 << 20
@@ -78,8 +78,8 @@ class Tree:
     def young(self, since: int) -> dict[int, bool]:
         """The inodes that changed after a generation; False for those that were no directory before."""
         found = {}
-        for number, kind, _, content in btrfs.search(self.fd, (FIRST, 0, 0), (LAST, 255, MOST), since + 1, _CHUNK):
-            if kind == btrfs.INODE_ITEM:
+        for number, kind, _, content in subvolumes.search(self.fd, (FIRST, 0, 0), (LAST, 255, MOST), since + 1, _CHUNK):
+            if kind == subvolumes.INODE_ITEM:
                 made, changed, mode = _STAMPS.unpack_from(content)
                 if changed > since:
                     found[number] = made > since or stat.S_ISDIR(mode)
@@ -90,14 +90,16 @@ class Tree:
         values: tuple[Any, ...] = ()
         links: set[Link] = set()
         xattrs: dict[bytes, bytes] = {}
-        for _, kind, offset, content in btrfs.search(self.fd, (number, 0, 0), (number, btrfs.XATTR_ITEM, MOST)):
-            if kind == btrfs.INODE_ITEM:
+        for _, kind, offset, content in subvolumes.search(
+            self.fd, (number, 0, 0), (number, subvolumes.XATTR_ITEM, MOST)
+        ):
+            if kind == subvolumes.INODE_ITEM:
                 values = _INODE.unpack_from(content)
-            elif kind == btrfs.INODE_REF:
+            elif kind == subvolumes.INODE_REF:
                 links |= {(offset, name) for name in _names(content, "<QH")}
-            elif kind == btrfs.INODE_EXTREF:
+            elif kind == subvolumes.INODE_EXTREF:
                 links |= {(parent, name) for parent, name in _far_names(content)}
-            elif kind == btrfs.XATTR_ITEM:
+            elif kind == subvolumes.XATTR_ITEM:
                 xattrs |= {name: value for name, value, _, _ in _entries(content)}
         if not values or not (links or number == TOP):
             return None
@@ -109,12 +111,12 @@ class Tree:
 
     def entries(self, number: int) -> dict[bytes, int]:
         """A directory's names and their inodes; other subvolumes in it are none of this one."""
-        first, last = (number, btrfs.DIR_INDEX, 0), (number, btrfs.DIR_INDEX, MOST)
+        first, last = (number, subvolumes.DIR_INDEX, 0), (number, subvolumes.DIR_INDEX, MOST)
         return {
             name: inode
-            for _, _, _, content in btrfs.search(self.fd, first, last)
+            for _, _, _, content in subvolumes.search(self.fd, first, last)
             for name, _, inode, kind in _entries(content)
-            if kind == btrfs.INODE_ITEM
+            if kind == subvolumes.INODE_ITEM
         }
 
     def path(self, number: int) -> bytes:
@@ -143,8 +145,8 @@ class Tree:
         """
         found: list[tuple[int, int, object]] = []
         end = 0
-        first, last = (number, btrfs.EXTENT_DATA, 0), (number, btrfs.EXTENT_DATA, MOST)
-        for _, _, start, content in btrfs.search(self.fd, first, last):
+        first, last = (number, subvolumes.EXTENT_DATA, 0), (number, subvolumes.EXTENT_DATA, MOST)
+        for _, _, start, content in subvolumes.search(self.fd, first, last):
             _, _, compression, _, _, kind = _EXTENT.unpack_from(content)
             token: object = 0
             if kind == _INLINE:

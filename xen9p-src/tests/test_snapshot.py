@@ -104,7 +104,7 @@ def test_several_exports_are_of_one_instant(home: Path, point: Path, monkeypatch
         time.sleep(0.02 if os.readlink(f"/proc/self/fd/{source}").endswith("other") else 0)
         original(source, folder, name, readonly=readonly)
 
-    monkeypatch.setattr(btrfs, "snapshot", late)
+    monkeypatch.setattr(subvolumes, "snapshot", late)
     other = subvolume(point / "other")
     exports = {"home": home, "other": other}
     with memory_session(home) as first, memory_session(other) as second:
@@ -346,7 +346,7 @@ def test_a_full_store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(btrfs, "snapshot", full)
+    monkeypatch.setattr(subvolumes, "snapshot", full)
     with pytest.raises(SnapshotError, match="the store is full: delete files or snapshots") as caught:
         take(home, "new")
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xen9p import auth, cli, policy, worker
+from xen9p import auth, cli, policy, quota, worker
 from xen9p.errors import PolicyError
 from xen9p.policy import Grant
 from xen9p.quota import Quota, parse_size, size_text
@@ -347,6 +347,38 @@ def test_what_a_guest_gets_and_why(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["gets"][0]["limits"] == {"fids": 1000, "bytes_per_second": 1 << 20}
 
 
+def test_snapshots_of_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read-only, at the store's top, by the terms of the rule, and only where a rule says so."""
+    store = quota.mount_of(tmp_path).point / ".snapshots"
+    (tmp_path / "home").mkdir()
+    file = tmp_path / "policy.toml"
+    text = (
+        f'version = 1\n[exports.home]\npath = "{tmp_path}/home"\n'
+        '[[rules]]\nguest = "g1"\nexport = "home"\naccess = "rw"\nspecial = true\nsnapshots = true\n'
+        '[[rules]]\nguest = "g2"\nexport = "home"\nsnapshots = "old"\nattach = "manual"\n'
+        '[[rules]]\nguest = "g3"\nexport = "home"\nsnapshots = false\n'
+    )
+    file.write_text(text)
+    rules = policy.load(file, check_paths=True)
+    home, snapshots = rules.resolve("g1", "")
+    assert (snapshots.tag, snapshots.export, snapshots.readonly) == ("home-snapshots", "home.snapshots", True)
+    assert (snapshots.path, snapshots.terms, snapshots.auto) == (store / "home", home.terms, True)
+    assert snapshots.of == rules.exports["home"]
+    assert [(g.tag, g.auto) for g in rules.resolve("g2", "")] == [("home", False), ("old", False)]
+    assert [g.tag for g in rules.resolve("g3", "")] == ["home"]
+    assert cli.main(["policy", "explain", "g1", "--policy", str(file)]) == 0
+    assert "snapshots read-only, as tag home-snapshots" in capsys.readouterr().out
+    for wrong, says in (
+        ("snapshots = 1", r"rule 1: snapshots is 1 \(write true, false or a tag\)"),
+        ('snapshots = ""', 'rule 1: snapshots: bad tag ""'),
+        ('snapshots = "a/b"', 'rule 1: snapshots: bad tag "a/b"'),
+        (f'tag = "{"x" * 31}"\nsnapshots = true', "bad tag"),
+        ('snapshots = "home"', 'tag "home" is given twice'),
+    ):
+        with pytest.raises(PolicyError, match=says):
+            policy.parse(text.replace("snapshots = true", wrong))
+
+
 def test_a_guest_that_gets_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "policy.toml"
     path.write_text("version = 1\n")
@@ -382,5 +414,7 @@ def test_a_rule_with_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert without.keys is None
     assert without.later(grant) == f"keys {keys}"
     assert grant.later(without) == "keys none"
+    both = policy.parse(rule + f'keys="{keys}"\nsnapshots=true\n').resolve("g1", UUID)
+    assert [one.keys for one in both] == [keys, keys], "what is shown of the past wants the same key"
     assert cli.main(["policy", "explain", "g1", "--policy", str(path)]) == 0
     assert f"keys      one of {keys} has to be proved" in capsys.readouterr().out

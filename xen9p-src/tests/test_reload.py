@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from serving import memory_session
-from xen9p import daemon, policy, quota, users, xenbus, zygote
+from xen9p import control, daemon, policy, quota, users, xenbus, zygote
 from xen9p import worker as worker_module
 from xen9p.cli import status_text
 from xen9p.device import Device
@@ -348,3 +348,35 @@ def test_a_worker_takes_other_terms_over_its_socket(tmp_path: Path) -> None:
         assert {name: hello[name] for name in terms} == terms, "so the next supervisor knows"
         made.listener.shutdown(socket.SHUT_RDWR)
         made.listener.close()
+
+
+# Snapshots.
+
+
+def test_snapshots_that_cannot_be_keep_only_themselves_back(
+    given: tuple[Supervisor, list[str]], file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor, tags = given
+    file.write_text(
+        f'version = 1\n[exports.here]\npath = "{file.parent}/here"\n'
+        '[[rules]]\nguest = "g1"\nexport = "here"\nsnapshots = true\n'
+    )
+    supervisor.reload()
+    assert tags == ["here"]
+    assert "tag=here-snapshots not attached: export here: " in caplog.text
+
+
+def test_devices_that_write_nothing_do_not_stand_still(given: tuple[Supervisor, list[str]], file: Path) -> None:
+    supervisor, _ = given
+    guest = supervisor.guests[1]
+    worker: Any = SimpleNamespace(pauses=True, pause=lambda told: told(0), resume=lambda told: told(True))
+    for devid, (readonly, has_worker) in enumerate([(False, True), (True, True), (False, False)]):
+        grant = policy.Grant("here", file.parent / "here", f"t{devid}", readonly, True)
+        managed = guest.devices[devid] = Managed(guest, devid, grant, Device())
+        managed.worker = worker if has_worker else None
+    assert [name for name, _, _ in supervisor._writers()] == ["g1 t0"]
+    answers: list[dict[str, Any]] = []
+    supervisor._handle(control.Pause((f"{file.parent}/here",)), answers.append)
+    supervisor._handle(control.Resume(), answers.append)
+    assert answers[0] == {"ok": True, "devices": 1}
+    assert (answers[1]["held"], answers[1]["ms"] >= 0) == (True, True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from xen9p import __version__, auth, control, dedup_options, file_options, policy
+from xen9p import __version__, auth, control, dedup_options, file_options, policy, snapshot_options
 from xen9p.errors import Xen9pError
 
 EXIT_USAGE: Final = 2
@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--json", action="store_true", help="as one JSON object")
 
+    snapshot_options.add(commands, _runtime)
     _observing(commands)
 
     serve = commands.add_parser(
@@ -248,16 +249,10 @@ def _run(args: argparse.Namespace) -> int:
         case "key":
             auth.make(args.file, args.name, args.uid)
             print(f"added the key {args.name} to {args.file}")
-        case "dedup":
-            from xen9p.dedup_commands import command as dedup  # noqa: PLC0415
-
-            return dedup(args)
         case "serve":
             return _serve(args)
-        case "mount":
-            from xen9p.mount import run as mount  # noqa: PLC0415
-
-            return mount(args)
+        case "mount" | "snapshot" | "dedup":
+            return _elsewhere(args)
         case command if command in file_options.NAMES:
             from xen9p.file_commands import run as work_on_files  # noqa: PLC0415
 
@@ -271,6 +266,21 @@ def _policy(args: argparse.Namespace) -> int:
     rules = policy.load(args.file, check_paths=not args.no_paths)
     print(f"{args.file}: {len(rules.exports)} exports, {len(rules.rules)} rules, all well")
     return 0
+
+
+def _elsewhere(args: argparse.Namespace) -> int:
+    """What is imported only if it is wanted."""
+    if args.command == "mount":
+        from xen9p.mount import run as mount  # noqa: PLC0415
+
+        return mount(args)
+    if args.command == "dedup":
+        from xen9p.dedup_commands import command as dedup  # noqa: PLC0415
+
+        return dedup(args)
+    from xen9p.snapshot_commands import run as work_on_snapshots  # noqa: PLC0415
+
+    return work_on_snapshots(args)
 
 
 def _explain(args: argparse.Namespace) -> int:

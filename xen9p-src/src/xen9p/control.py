@@ -1,8 +1,8 @@
 """The conversation between the ``xen9p`` command and the supervisor: JSON lines on a Unix socket.
 
 Requests: {"do": "status"}, {"do": "metrics"}, {"do": "attach", "guest", "export", "tag", "readonly"}, {"do":
-"detach", "guest", "tag"}, {"do": "reload"}. Each gets one answer: {"ok": true, ...} or {"ok": false, "error", "hint",
-"exit"}. Only root can connect.
+"detach", "guest", "tag"}, {"do": "reload"}, {"do": "pause", "paths", "force"}, {"do": "resume"}. Each gets one answer:
+{"ok": true, ...} or {"ok": false, "error", "hint", "exit"}. A pause ends with its connection. Only root can connect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p.errors import ControlError, Xen9pError
+from xen9p.errors import ControlError, NobodyError, Xen9pError
 from xen9p.jsonlines import BadLineError, Channel, Object, dump, parse
 from xen9p.loop import Loop
 from xen9p.zygote import listen
@@ -68,7 +68,21 @@ class Detach:
     tag: str
 
 
-Request = Status | Metrics | Reload | Attach | Detach
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Have all devices stand still that can write to what is in or above these directories."""
+
+    paths: tuple[str, ...]
+    force: bool = False
+    """Also if something is still being done to files after a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """End this connection's pause."""
+
+
+Request = Status | Metrics | Reload | Attach | Detach | Pause | Resume
 
 
 def to_wire(request: Request) -> Object:
@@ -84,6 +98,10 @@ def to_wire(request: Request) -> Object:
             return {"do": "attach", "guest": guest, "export": export, "tag": tag, "readonly": readonly}
         case Detach(guest, tag):
             return {"do": "detach", "guest": guest, "tag": tag}
+        case Pause(paths, force):
+            return {"do": "pause", "paths": list(paths), "force": force}
+        case Resume():
+            return {"do": "resume"}
 
 
 def from_wire(value: Object) -> Request:
@@ -106,6 +124,11 @@ def from_wire(value: Object) -> Request:
             return Attach(guest, export, tag, readonly)
         case {"do": "detach", "guest": str(guest), "tag": str(tag), **rest} if not rest:
             return Detach(guest, tag)
+        case {"do": "pause", "paths": list(paths), "force": bool(force), **rest} if not rest:
+            if all(isinstance(path, str) and path.startswith("/") for path in paths):
+                return Pause(tuple(paths), force)
+        case {"do": "resume", **rest} if not rest:
+            return Resume()
     raise ControlError(f"the supervisor does not understand {value!r:.100}", "are both of one version?")
 
 
@@ -120,10 +143,14 @@ class ControlServer:
     Args:
         handler: gets each request, and a function to answer it with, once, now or later; may raise
             Xen9pError, which becomes the answer.
+        hung_up: gets that function when its client has gone.
     """
 
-    def __init__(self, loop: Loop, path: Path, handler: Handler) -> None:
+    def __init__(
+        self, loop: Loop, path: Path, handler: Handler, hung_up: Callable[[Answer], None] = lambda _: None
+    ) -> None:
         self._loop = loop
+        self._hung_up = hung_up
         self._path = path
         self._handler = handler
         self._clients: set[Channel] = set()
@@ -157,43 +184,65 @@ class ControlServer:
         def gone(_: str = "") -> None:
             self._loop.cancel(timer)
             self._clients.discard(channel)
+            self._hung_up(channel.send)
 
         def idle() -> None:
             channel.close()
-            self._clients.discard(channel)
+            gone()
 
         channel = Channel(self._loop, sock, received, gone)
         timer = self._loop.after(IDLE, idle)
         self._clients.add(channel)
 
 
-def ask(request: Request, runtime: Path = RUNTIME, timeout: float = 30.0) -> Object:
-    """Sends one request to the supervisor and returns its answer; ControlError if that is a refusal."""
-    path = socket_path(runtime)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    with sock:
-        sock.settimeout(timeout)
+class Conversation:
+    """A connection to the supervisor, for several requests. ControlError if nobody is there."""
+
+    def __init__(self, runtime: Path = RUNTIME, timeout: float = 30.0) -> None:
+        self._timeout = timeout
+        path = socket_path(runtime)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock.settimeout(timeout)
         try:
-            sock.connect(str(path))
-        except PermissionError:
-            raise ControlError(f"no permission to use {path}", "run it as root") from None
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise ControlError(
-                f"xen9pd is not running: nobody listens at {path}", "start it: systemctl start xen9pd"
-            ) from None
+            self._sock.connect(str(path))
         except OSError as error:
+            self._sock.close()
+            if isinstance(error, PermissionError):
+                raise ControlError(f"no permission to use {path}", "run it as root") from None
+            if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+                raise NobodyError(
+                    f"xen9pd is not running: nobody listens at {path}", "start it: systemctl start xen9pd"
+                ) from None
             raise ControlError(f"{path}: {error.strerror}", "see: systemctl status xen9pd") from None
+        self._lines = self._sock.makefile("rb")
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._sock.close()
+
+    def ask(self, request: Request) -> Object:
+        """The answer to a request; ControlError if that is a refusal."""
         try:
-            sock.sendall(dump(to_wire(request)))
-            with sock.makefile("rb") as lines:
-                answer = parse(lines.readline())
+            self._sock.sendall(dump(to_wire(request)))
+            answer = parse(self._lines.readline())
         except TimeoutError:
-            raise ControlError(f"xen9pd gave no answer within {timeout:g} s", "see: journalctl -u xen9pd") from None
+            raise ControlError(
+                f"xen9pd gave no answer within {self._timeout:g} s", "see: journalctl -u xen9pd"
+            ) from None
         except (OSError, BadLineError):
             raise ControlError("xen9pd hung up without an answer", "see: journalctl -u xen9pd") from None
-    if not answer.get("ok"):
-        raise _refused(answer)
-    return answer
+        if not answer.get("ok"):
+            raise _refused(answer)
+        return answer
+
+
+def ask(request: Request, runtime: Path = RUNTIME, timeout: float = 30.0) -> Object:
+    """Sends one request to the supervisor and returns its answer; ControlError if that is a refusal."""
+    with Conversation(runtime, timeout) as conversation:
+        return conversation.ask(request)
 
 
 def _refused(answer: dict[str, Any]) -> ControlError:

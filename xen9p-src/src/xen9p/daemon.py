@@ -57,7 +57,7 @@ def run(policy_path: Path, runtime: Path) -> int:
     store = XenStore()
     supervisor = Supervisor(loop, store, zygote, rules, runtime)
     supervisor.start()
-    control = ControlServer(loop, socket_path(runtime), supervisor.handle)
+    control = ControlServer(loop, socket_path(runtime), supervisor.handle, supervisor.blink.hung_up)
 
     def hangup() -> None:
         def reload() -> None:

@@ -67,6 +67,10 @@ class ControlError(Xen9pError):
     """The supervisor cannot be reached, or refused a request."""
 
 
+class NobodyError(ControlError):
+    """There is no supervisor."""
+
+
 def describe(error: BaseException) -> str:
     """An unforeseen exception as one line, with the place that it came from."""
     trace = error.__traceback__

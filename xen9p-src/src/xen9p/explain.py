@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from xen9p import policy, quota
+from xen9p import policy, quota, snapshot
 from xen9p.policy import LIMITS, Policy, Rule, Terms
 from xen9p.quota import size_text
 
@@ -45,6 +45,11 @@ def _given(rules: Policy, rule: Rule) -> dict[str, Any]:
     grant = rules.grant(rule)
     most = rules.quotas().get(grant.path)
     problems = policy.path_problems(policy.Export(grant.export, grant.path)) + policy.key_problems(rule)
+    if not problems and rule.snapshots:
+        try:
+            snapshot.check_export(rule.export, grant.path)
+        except snapshot.SnapshotError as error:
+            problems = [str(error)]
     if not problems and most is not None:
         problems = quota.problems({grant.path: most})
     return {
@@ -55,6 +60,7 @@ def _given(rules: Policy, rule: Rule) -> dict[str, Any]:
         "keys": str(grant.keys) if grant.keys else None,
         **_terms(grant.terms),
         "quota": None if most is None else {"bytes": most.bytes, "files": most.files},
+        "snapshots": rule.snapshots or None,
         "problems": problems,
     }
 
@@ -100,6 +106,7 @@ def _lines(one: dict[str, Any]) -> list[str]:
         ("special", "device nodes, FIFOs and sockets " + ("may be made" if one["special"] else "are refused")),
         ("limits", ", ".join(limits) or "the worker's own"),
         ("quota", "none" if most is None else f"{quota.Quota(**most)}, for all guests of the directory together"),
+        ("snapshots", f"read-only, as tag {one['snapshots']}" if one["snapshots"] else "not shown"),
         *(("problem", problem) for problem in one["problems"]),
     ]
     return [f"{name:<9} {value}" for name, value in rows if value]

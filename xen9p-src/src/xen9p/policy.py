@@ -16,6 +16,7 @@ identity = "as-is"  # or {squash = {uid = 1000, gid = 1000}}, {map = [[0, 100000
 groups = "own"      # or "host", or {1000 = [1000, 100]}; default "own"
 special = false     # whether device nodes, FIFOs and sockets may be made; default false
 quota = {bytes = "2G", files = 100000}
+snapshots = true    # the export's snapshots, read-only, under the tag TAG-snapshots; or another tag; default false
 [rules.limits]
 fids = 10000
 """
@@ -23,6 +24,7 @@ fids = 10000
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import stat
 import tomllib
@@ -32,7 +34,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p import auth, quota, users
+from xen9p import auth, quota, subvolumes, users
 from xen9p.errors import PolicyError, Xen9pError
 from xen9p.quota import Quota, parse_size, size_text
 from xen9p.users import MOST_ID, Identity, Range, Users
@@ -47,7 +49,7 @@ _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 _RULE_KEYS: Final = (
     "guest", "uuid", "export", "tag", "access", "attach", "frontend", "keys",
-    "checks", "identity", "groups", "special", "limits", "quota",
+    "checks", "identity", "groups", "special", "limits", "quota", "snapshots",
 )  # fmt: skip
 _NAME_HELP: Final = "use 1 to 31 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 
@@ -124,6 +126,8 @@ class Rule:
     quota: Quota = field(default_factory=Quota)
     keys: Path | None = None
     """A file of keys; who attaches has to prove that it has one of them."""
+    snapshots: str = ""
+    """The tag under which the guest has the export's snapshots, "" for none."""
     number: int = 0
     """Its place in the file, from 1."""
 
@@ -152,6 +156,8 @@ class Grant:
     """Who serves the guest's end: "kernel" (v9fs) or "user" (our own client)."""
     terms: Terms = field(default_factory=Terms)
     keys: Path | None = None
+    of: Export | None = None
+    """The export whose snapshots these are, if they are."""
 
     def later(self, now: Grant | None) -> str:
         """What of a device made by this grant another one changes at its next attach only, in words; "" for nothing."""
@@ -180,8 +186,13 @@ class Policy:
     source: str = ""
 
     def resolve(self, guest_name: str, uuid: str) -> list[Grant]:
-        """Every grant for a guest in the order of the rules; where tags repeat, the first rule wins."""
-        return [self.grant(rule) for rule, winner in self.matching(guest_name, uuid) if rule is winner]
+        """Every grant for a guest in the order of the rules, then those of snapshots; of two with one tag the first."""
+        rules = [rule for rule, winner in self.matching(guest_name, uuid) if rule is winner]
+        grants = {rule.tag: self.grant(rule) for rule in rules}
+        for rule in rules:
+            if rule.snapshots and rule.snapshots not in grants:
+                grants[rule.snapshots] = self.snapshots(rule)
+        return list(grants.values())
 
     def matching(self, guest_name: str, uuid: str) -> list[tuple[Rule, Rule]]:
         """Every rule that speaks of a guest, and the one that has its tag: itself, or an earlier one."""
@@ -192,6 +203,16 @@ class Policy:
         """What a rule gives."""
         path = self.exports[rule.export].path
         return Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, rule.frontend, rule.terms, rule.keys)
+
+    def snapshots(self, rule: Rule) -> Grant:
+        """What a rule gives of its export's snapshots."""
+        export = self.exports[rule.export]
+        try:
+            path = subvolumes.place(export.name, export.path)
+        except OSError:  # there is no export, so there are none
+            path = export.path.parent / subvolumes.SNAPSHOTS / export.name
+        name = f"{export.name}.snapshots"
+        return Grant(name, path, rule.snapshots, True, rule.auto, rule.frontend, rule.terms, rule.keys, export)
 
     def quotas(self) -> dict[Path, Quota]:
         """How much each directory may hold, of those that have a quota."""
@@ -253,6 +274,10 @@ def path_problems(export: Export) -> list[str]:
         return [f"export {export.name}: {export.path}: {error.strerror} (correct the path)"]
     if not stat.S_ISDIR(mode):
         return [f"export {export.name}: {export.path} is not a directory (an export is a directory tree)"]
+    # Only at the top of a filesystem: elsewhere it is a directory that a guest has made.
+    folder = export.path.resolve() / subvolumes.SNAPSHOTS / subvolumes.META
+    if os.path.isdir(folder) and quota.mount_of(export.path).point == folder.parent.parent:
+        return [f"export {export.name}: {export.path} has the snapshots of all exports (export a directory in it)"]
     return []
 
 
@@ -356,9 +381,11 @@ class _Parser:
         keys = self._keys(table, where, frontend)
         terms = self._terms(table, where)
         most = self._quota(table, where)
+        snapshots = self._snapshots(table.get("snapshots", False), tag, where)
         if len(self.problems) > before or export is None or tag is None:
             return None
-        return Rule(guest, uuid, export, tag, access == "ro", attach == "auto", frontend, terms, most, keys, number)
+        readonly, auto = access == "ro", attach == "auto"
+        return Rule(guest, uuid, export, tag, readonly, auto, frontend, terms, most, keys, snapshots, number)
 
     def _keys(self, table: dict[str, Any], where: str, frontend: str) -> Path | None:
         path = self._string(table, "keys", where, default="")
@@ -369,6 +396,16 @@ class _Parser:
         elif frontend != "user":
             self.problems.append(f'{where}: keys have no use with frontend = "kernel" (v9fs has none; write "user")')
         return Path(path)
+
+    def _snapshots(self, value: object, tag: str | None, where: str) -> str:
+        if not isinstance(value, bool | str):
+            self.problems.append(f"{where}: snapshots is {value!r:.60} (write true, false or a tag)")
+            return ""
+        wanted = f"{tag}-snapshots" if value is True else value or None
+        if value is not False and (wanted is None or not _NAME.fullmatch(wanted)):
+            self.problems.append(f'{where}: snapshots: bad tag "{wanted or ""}" ({_NAME_HELP})')
+            return ""
+        return wanted or ""
 
     # How it may be used.
 
@@ -541,11 +578,12 @@ class _Parser:
 
     def _duplicates(self, rules: list[Rule]) -> None:
         """Two rules that give one guest the same tag. Two different patterns may overlap unseen."""
-        for i, second in enumerate(rules):
-            for first in rules[:i]:
-                if first.tag == second.tag and _same_guest(first, second):
+        tags = [(tag, rule) for rule in rules for tag in (rule.tag, rule.snapshots) if tag]
+        for i, (tag, second) in enumerate(tags):
+            for other, first in tags[:i]:
+                if other == tag and _same_guest(first, second):
                     self.problems.append(
-                        f'tag "{second.tag}" is given twice to {second.subject}: export {first.export} '
+                        f'tag "{tag}" is given twice to {second.subject}: export {first.export} '
                         f"and export {second.export} (give each its own tag)"
                     )
 

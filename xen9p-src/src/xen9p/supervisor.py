@@ -11,20 +11,23 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from xen9p import __version__, device, journal, policy, quota, workers, xenbus
+from xen9p import __version__, device, journal, policy, quota, snapshot, workers, xenbus
+from xen9p.blink import Blink
 from xen9p.budget import Budget
 from xen9p.control import (
     Answer,
     Attach,
     Detach,
     Metrics,
+    Pause,
     Reload,
     Request,
+    Resume,
     Status,
     refusal,
 )
@@ -66,6 +69,11 @@ class Managed:
         self.dirty = False
         self.timer = 0
         self.waiters: list[Callable[[], None]] = []
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.owner.id.name} {self.grant.tag}"
 
     @property
     def token(self) -> str:
@@ -129,6 +137,7 @@ class Supervisor:
         self.policy = rules
         self.runtime = runtime
         self.guests: dict[int, Guest] = {}
+        self.blink = Blink(loop)
         self._watched_fd = -1
         self._resync_timer = 0
         self._held: dict[Path, tuple[quota.Quota, int, int]] = {}  # quotas that are in force, and of which directory
@@ -247,6 +256,11 @@ class Supervisor:
 
     def _problems(self, grant: Grant) -> list[str]:
         """What keeps an export from being served now, a line each."""
+        if grant.of is not None:
+            try:
+                snapshot.provide(grant.of.name, grant.of.path)
+            except Xen9pError as error:
+                return [str(error)]
         return policy.path_problems(policy.Export(grant.export, grant.path)) or self._hold(grant.path)
 
     def _hold(self, path: Path) -> list[str]:
@@ -539,6 +553,8 @@ class Supervisor:
             "socket": str(workers.socket_path(self.runtime, who.domid, managed.devid)),
         }
         self.zygote.spawn(worker, request)
+        if not grant.readonly:
+            self.blink.joined((managed.name, grant.path, worker))
         return worker
 
     # After a restart of ours.
@@ -637,6 +653,17 @@ class Supervisor:
                 self._attach_by_hand(request, answer)
             case Detach():
                 self._detach_by_hand(request, answer)
+            case Pause(paths, force):
+                self.blink.begin(paths, self._writers(), force, answer)
+            case Resume():
+                self.blink.end(answer)
+
+    def _writers(self) -> Iterator[tuple[str, Path, Worker]]:
+        """The devices whose guests can write, and that have a worker."""
+        for guest in self.guests.values():
+            for managed in guest.devices.values():
+                if managed.worker is not None and not managed.grant.readonly:
+                    yield managed.name, managed.grant.path, managed.worker
 
     def reload(self) -> None:
         """Reads the policy again. A bad one changes nothing and raises PolicyError; a missing path is only said."""

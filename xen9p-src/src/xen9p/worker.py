@@ -40,6 +40,11 @@ HELLO_FIELDS = ("domid", "devid", "guest", "uuid", "tag", "export", "readonly")
 TERMS = ("users", "limits")
 """What of a request may change while the device serves."""
 PR_SET_NAME = 15
+STAND_STILL = 2.0
+"""Seconds after which a paused device goes on by itself, whatever became of who asked for it."""
+FINISH = 0.5
+"""Seconds that a pause waits for what is being done to files."""
+LOOK = 0.02
 LAST_WORDS = 2.0  # seconds that a worker waits for somebody to tell why it failed
 
 
@@ -104,6 +109,7 @@ class Worker:
         self._last: dict[str, Any] | None = None
         self._tracers: set[threading.Thread] = set()
         self._limits = Limits()
+        self._pauser: socket.socket | None = None
 
     def run(self) -> int:
         """Prepares, waits for the rings, maps, serves, ends.
@@ -197,7 +203,7 @@ class Worker:
         state = "serving" if self._ready else "prepared" if self._rings is None else "starting"
         said = {name: self.request[name] for name in HELLO_FIELDS}
         terms = {"users": Users().plain(), "limits": {}} | {n: self.request[n] for n in TERMS if n in self.request}
-        return {"event": "hello", "pid": os.getpid(), "state": state} | said | terms
+        return {"event": "hello", "pid": os.getpid(), "state": state, "pauses": True} | said | terms
 
     def _listen(self) -> None:
         while True:
@@ -227,10 +233,14 @@ class Worker:
                     if order.get("do") == "trace":
                         self._trace(client, int(order.get("data", tracer.DATA)))
                         break
-                    self._obey(client, order)
+                    if order.get("do") == "pause":
+                        self._pause(client, order.get("id", 0))
+                    else:
+                        self._obey(client, order)
             with self._lock:
                 if client in self._clients:
                     self._clients.remove(client)
+                self._resume(client)  # nobody else would
 
     def _trace(self, client: socket.socket, data: int) -> None:
         """Makes of this conversation a trace, until the client hangs up or the device ends."""
@@ -255,6 +265,8 @@ class Worker:
                         self._told.notify_all()
                 case "settle" if self._made:
                     self._send(client, {"event": "settled", "problem": self._settle(self._made, order)})
+                case "resume":
+                    self._send(client, {"event": "resumed", "held": self._resume(client)})
                 case "stop":
                     self._stopping = True
                     self._told.notify_all()
@@ -264,6 +276,31 @@ class Worker:
                     self._send(client, {"event": "stats"} | dict(self.device.stats()))
                 case "metrics" if self.device:
                     self._send(client, {"event": "metrics"} | seen(self.device))
+
+    def _pause(self, client: socket.socket, number: object) -> None:
+        """Has the device stand still, and says how much does not: 0 for a moment that a snapshot can be taken in."""
+        until = time.monotonic() + FINISH
+        with self._lock:
+            if (device := self._made) is not None:
+                self._pauser = client
+                device.pause(STAND_STILL)
+        left = 0
+        while device is not None:
+            with self._lock:  # not for long: others have orders too, and the device may end
+                if self._made is not device:
+                    break
+                left = device.quiet(LOOK)
+            if not left or time.monotonic() > until:
+                break
+        with self._lock:
+            self._send(client, {"event": "paused", "id": number, "left": left})
+
+    def _resume(self, client: socket.socket) -> bool:
+        """Ends a client's pause; whether it was in force until now. With no guest's requests to take it always was."""
+        if self._pauser is not client:
+            return False
+        self._pauser = None
+        return self._made.resume() if self._made else True
 
     def _settle(self, device: DataPlane, order: Mapping[str, Any]) -> str:
         """Other terms from now on; what keeps them from being taken, in words."""

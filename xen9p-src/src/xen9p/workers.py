@@ -61,6 +61,9 @@ class Worker:
         self._kill_wanted = False
         self._timers: list[int] = []
         self._ended = False
+        self._pauses = 0
+        self._paused: Callable[[int], None] | None = None
+        self._resumed: Callable[[bool], None] | None = None
         self._waiters: dict[str, list[Callable[[], None]]] = {"stats": [], "metrics": []}
 
     def started(self, pid: int) -> None:
@@ -105,6 +108,35 @@ class Worker:
         """Tells it other terms: "users" and "limits", as in the request that started it."""
         self._wanted = [order for order in self._wanted if order["do"] != "settle"]  # the last ones count
         self._ask({"do": "settle", **terms})
+
+    @property
+    def pauses(self) -> bool:
+        """Whether it knows how: one of an earlier version does not."""
+        return not self.hello or "pauses" in self.hello
+
+    def pause(self, paused: Callable[[int], None]) -> None:
+        """Has it stand still for a moment; paused() is told how much it is still doing to files, 0 for nothing."""
+        self._paused = paused
+        self._pauses += 1
+        self._ask({"do": "pause", "id": self._pauses})
+
+    def resume(self, resumed: Callable[[bool], None]) -> None:
+        """Has it go on; resumed() is told whether it has stood still until now."""
+        self._resumed = resumed
+        if self._ended:
+            self._tell_resumed(False)
+        else:
+            self._ask({"do": "resume"})
+
+    def _tell_paused(self, left: int) -> None:
+        told, self._paused = self._paused, None
+        if told:
+            told(left)
+
+    def _tell_resumed(self, held: bool) -> None:
+        told, self._resumed = self._resumed, None
+        if told:
+            told(held)
 
     def stop(self) -> None:
         """Asks it to drain and end."""
@@ -175,6 +207,10 @@ class Worker:
         elif kind == "settled":
             if problem := event.get("problem"):
                 log.error("worker pid=%s keeps its terms: %s", self.pid, f"{problem}"[:300])
+        elif kind == "paused" and event.get("id") == self._pauses:  # a late answer says nothing about the next pause
+            self._tell_paused(int(event["left"]))
+        elif kind == "resumed":
+            self._tell_resumed(event.get("held") is True)
         elif kind in ("failed", "ended", "hangup", "stopped"):
             self._last = str(kind)
             self._reason = str(event.get("reason", ""))[:300]
@@ -210,6 +246,8 @@ class Worker:
             path.unlink(missing_ok=True)
         for what in self._waiters:
             self._answered(what)
+        self._tell_paused(0)  # nobody serves its guest
+        self._tell_resumed(False)
         self._gone_callback(self._last, self._reason)
 
 

@@ -282,6 +282,18 @@ class DataPlane:
         lib.x9_dev_set_limits(self._dev, ffi.new("x9_limits *", limits.in_c()))
         self.limits = limits
 
+    def pause(self, seconds: float) -> None:
+        """Has messages wait in the rings, for at most so long (10 s); callable from any thread, also before run()."""
+        lib.x9_dev_pause(self._dev, int(seconds * 1000))
+
+    def quiet(self, seconds: float) -> int:
+        """Waits at most so long for what a paused device does to its files to end; how much is left, 0 for nothing."""
+        return int(lib.x9_dev_quiet(self._dev, int(seconds * 1000)))
+
+    def resume(self) -> bool:
+        """Ends a pause. False: it was over already, and messages have been taken since."""
+        return bool(lib.x9_dev_resume(self._dev))
+
     def reply(self, request: Request, message: bytes) -> None:
         """Sends the reply of a cold request; ends the request."""
         lib.x9_reply(self._dev, request.handle, message, len(message))

@@ -80,6 +80,9 @@ void x9_dev_fail(x9_dev *dev, const char *reason);
 const char *x9_dev_reason(x9_dev *dev);
 void x9_dev_stats(x9_dev *dev, x9_stats *out);
 void x9_dev_set_limits(x9_dev *dev, const x9_limits *limits);
+void x9_dev_pause(x9_dev *dev, uint32_t ms);
+uint32_t x9_dev_quiet(x9_dev *dev, uint32_t ms);
+int x9_dev_resume(x9_dev *dev);
 
 x9_req *x9_next_cold(x9_dev *dev);
 void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len);

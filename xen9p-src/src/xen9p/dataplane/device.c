@@ -131,15 +131,13 @@ static int too_long(struct x9_link *link)
     return EMSGSIZE;
 }
 
-static void deadline_in(struct timespec *at, long ms)
+void deadline_in(struct timespec *at, long ms)
 {
     clock_gettime(CLOCK_MONOTONIC, at);
     at->tv_nsec += ms * 1000000;
     at->tv_sec += at->tv_nsec / 1000000000;
     at->tv_nsec %= 1000000000;
 }
-
-static int wait_for_events(struct x9_dev *dev, int timeout_ms);
 
 static uint64_t signs(struct x9_dev *dev) { return __atomic_load_n(&dev->signs, __ATOMIC_ACQUIRE); }
 
@@ -166,7 +164,11 @@ int link_wait_room(struct x9_link *link, uint32_t len)
             return too_long(link);
         if (dev_ending(link->dev))
             return ECANCELED;
-        int err = wait_for_events(link->dev, 100);
+        if (dev_paused(link->dev)) { /* a peer that does not read its replies must not keep others from a snapshot */
+            dev_stand_still(link->dev);
+            continue;
+        }
+        int err = dev_wait_events(link->dev, 100);
         if (err) {
             finish(link->dev, X9_SYSTEM, "waiting for events: %s", strerror(err));
             return err;
@@ -196,10 +198,10 @@ static int lock_with_room(struct x9_link *link, uint32_t len)
             return ECANCELED;
         deadline_in(&until, 100);
         pthread_mutex_lock(&dev->lock);
-        dev->room_waiters++;
+        __atomic_add_fetch(&dev->room_waiters, 1, __ATOMIC_RELAXED); /* the reader looks without the lock */
         if (!dev->stop && dev->signs == before)
             pthread_cond_timedwait(&dev->room, &dev->lock, &until);
-        dev->room_waiters--;
+        __atomic_sub_fetch(&dev->room_waiters, 1, __ATOMIC_RELAXED);
         pthread_mutex_unlock(&dev->lock);
     }
 }
@@ -244,6 +246,8 @@ static void mark_replying(struct x9_dev *dev, struct x9_req *req)
 {
     pthread_mutex_lock(&dev->lock);
     req->replying = true;
+    if (dev->parked)
+        pthread_cond_broadcast(&dev->idle); /* what it had to do is done */
     pthread_mutex_unlock(&dev->lock);
 }
 
@@ -372,7 +376,8 @@ static bool dev_drain_step(struct x9_dev *dev)
 int dev_drain(struct x9_dev *dev)
 {
     while (!dev_ending(dev) && dev_drain_step(dev))
-        ;
+        if (dev_paused(dev))
+            dev_stand_still(dev);
     return dev_ending(dev) ? ECANCELED : 0;
 }
 
@@ -399,7 +404,7 @@ static void *pool_thread(void *arg)
 
     pthread_mutex_lock(&dev->lock);
     while (!dev->stop) {
-        struct x9_req *req = pop(&dev->pool);
+        struct x9_req *req = dev->parked ? NULL : pop(&dev->pool);
         if (!req) {
             dev->nidle++;
             pthread_cond_wait(&dev->pool.more, &dev->lock);
@@ -462,6 +467,12 @@ static void wait_for_place(struct x9_dev *dev, uint64_t weight)
 
     dev->throttled++;
     while (limits_full(dev, weight) && !dev_ending(dev)) {
+        if (dev_paused(dev)) { /* this request has not begun */
+            pthread_mutex_unlock(&dev->lock);
+            dev_stand_still(dev);
+            pthread_mutex_lock(&dev->lock);
+            continue;
+        }
         deadline_in(&until, 20);
         pthread_cond_timedwait(&dev->idle, &dev->lock, &until);
         pass_sign_on(dev);
@@ -542,7 +553,7 @@ x9_req *x9_next_cold(x9_dev *dev)
     struct x9_req *req = NULL;
 
     pthread_mutex_lock(&dev->lock);
-    while (!dev->stop && !(req = pop(&dev->cold)))
+    while (!dev->stop && (dev->parked || !(req = pop(&dev->cold))))
         pthread_cond_wait(&dev->cold.more, &dev->lock);
     if (req)
         req->running = true;
@@ -755,7 +766,7 @@ static int serve_ring(struct x9_link *link, struct x9_call *call)
     struct x9_ring *ring = &link->ring;
     int taken = 0;
 
-    for (; taken < TAKE_BUDGET && !dev_ending(dev); taken++) {
+    for (; taken < TAKE_BUDGET && !dev_ending(dev) && !dev_paused(dev); taken++) {
         int64_t have = ring_readable(ring);
         if (have < 0) {
             out_of_range(link);
@@ -826,7 +837,8 @@ static int serve_stream(struct x9_link *link, struct x9_call *call)
     return taken || link->held_since ? taken : 1;
 }
 
-static int wait_for_events(struct x9_dev *dev, int timeout_ms)
+/* Sleeps until the peer gives a sign, somebody wakes the reader, or the time is over. Returns 0 or an errno. */
+int dev_wait_events(struct x9_dev *dev, int timeout_ms)
 {
     struct pollfd fds[X9_MAX_RINGS + 1];
     nfds_t n = 0;
@@ -837,7 +849,7 @@ static int wait_for_events(struct x9_dev *dev, int timeout_ms)
     if (dev->evt_fd >= 0)
         fds[n++] = (struct pollfd){dev->evt_fd, POLLIN, 0};
     for (uint32_t i = 0; i < dev->nlinks; i++)
-        if (dev->links[i]->kind == X9_MEMORY || (dev->links[i]->kind == X9_STREAM && !dev->links[i]->held_since))
+        if (dev->links[i]->kind == X9_MEMORY || (dev->links[i]->kind == X9_STREAM && !dev->links[i]->held_since && !dev->parked))
             fds[n++] = (struct pollfd){dev->links[i]->wait_fd, POLLIN, 0};
     if (poll(fds, n, timeout_ms) < 0 && errno != EINTR)
         return errno;
@@ -865,8 +877,16 @@ int x9_dev_run(x9_dev *dev)
     else
         call->dev = dev;
     obs_look(dev);
+    pthread_mutex_lock(&dev->lock);
+    dev->serving = true;
+    pthread_mutex_unlock(&dev->lock);
     while (!dev_ending(dev)) {
         int taken = 0;
+
+        if (dev_paused(dev)) {
+            dev_stand_still(dev);
+            continue; /* the device may be ending, and the sign for that is used up */
+        }
 
         dev->held_until = 0;
         for (uint32_t i = 0; i < dev->nlinks; i++) {
@@ -878,13 +898,13 @@ int x9_dev_run(x9_dev *dev)
         if (taken) {
             spin_found(&spin, dev->config.spin_us);
             if (__atomic_load_n(&dev->room_waiters, __ATOMIC_RELAXED))
-                wait_for_events(dev, 0);
+                dev_wait_events(dev, 0);
             continue;
         }
         obs_look(dev);
         if (!dev->held_until && spin_on(&spin, dev->config.spin_us))
             continue;
-        int err = wait_for_events(dev, limits_pause(dev));
+        int err = dev_wait_events(dev, limits_pause(dev));
         if (err)
             finish(dev, X9_SYSTEM, "waiting for events: %s", strerror(err));
         obs_look(dev);
@@ -892,6 +912,9 @@ int x9_dev_run(x9_dev *dev)
     for (uint64_t until = now_us() + DRAIN_US; !dev_stopping(dev) && now_us() < until && dev_drain_step(dev);)
         ;
     finish(dev, X9_STOPPED, "stopped");
+    pthread_mutex_lock(&dev->lock);
+    dev->serving = false;
+    pthread_mutex_unlock(&dev->lock);
     for (uint32_t i = 0; i < dev->npool; i++)
         pthread_join(dev->threads[i], NULL);
     dev->npool = 0;

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "api.h"
@@ -304,6 +305,10 @@ struct x9_dev {
     char reason[160];
     int verdict;
 
+    bool serving; /* x9_dev_run is at work */
+    bool parked;  /* the reader stands still, and nobody begins a request; see pause.c */
+    int64_t paused_until; /* atomic, changed below the lock: ns; 0: it is not paused */
+
     bool stop;  /* everybody out */
     bool drain; /* take nothing new, finish what is here */
     struct x9_bucket ops, bytes;
@@ -441,6 +446,10 @@ bool dev_ending(struct x9_dev *dev);
 bool dev_idle(struct x9_dev *dev);
 void dev_count_io(struct x9_dev *dev, uint64_t read, uint64_t written);
 int dev_drain(struct x9_dev *dev);
+int dev_wait_events(struct x9_dev *dev, int timeout_ms);
+bool dev_paused(const struct x9_dev *dev);
+void dev_stand_still(struct x9_dev *dev);
+void deadline_in(struct timespec *at, long ms);
 
 void obs_init(struct x9_dev *dev);
 void obs_free(struct x9_dev *dev);

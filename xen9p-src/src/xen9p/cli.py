@@ -276,10 +276,8 @@ def _run(args: argparse.Namespace) -> int:
             return _metrics(args)
         case "top":
             return _top(args)
-        case "trace":
-            return _trace(args)
-        case "path":
-            return _path(args)
+        case "trace" | "path":
+            return _trace(args) if args.command == "trace" else _path(args)
         case "key":
             auth.make(args.file, args.name, args.uid)
             print(f"added the key {args.name} to {args.file}")

@@ -160,6 +160,8 @@ def from_json(value: Any) -> Way:
             source, target = (Point(str(p.pop("space")), str(p.pop("text")), p) for p in points)
             way.add(str(step["by"]), source, target, str(step["check"]), *map(str, step["notes"]))
         way.notes, way.end = [str(note) for note in value["notes"]], str(value["end"])
+        if not (text(way) + kind + served).replace("\n", "").isprintable():
+            raise ValueError("a file that somebody changed would print what it likes")
     except (KeyError, TypeError, ValueError):
         raise Xen9pError("that is no path", "make it with: xen9p path ... --json") from None
     return way

@@ -286,6 +286,8 @@ def tree_with_links(tree: Path) -> None:
     (tree / "long").symlink_to("/etc/" + "./" * 60 + "deep/x")
     (tree / "circle").symlink_to("circle")
     (tree / "out").symlink_to("/secret")
+    (tree / "slow").symlink_to("etc/../" * 50 + "slower")
+    (tree / "slower").symlink_to("etc/../" * 50 + "etc")
     for i in range(400):  # a directory of many blocks
         (tree / f"{i:03d}-{'n' * 60}").touch()
 
@@ -315,6 +317,7 @@ class TestDisk:
             (b"/nothing", "/nothing: No such file"),
             (b"/etc/deep/x/y", "Not a directory"),
             (b"/circle", "symbolic links"),
+            (b"/slow/x", "more than 128 names"),
             (b"/etc", "/etc is a directory"),
             (b"/out", "No such file"),
             (b"/ev\x1bil\n", r"/ev\x1bil\n: No such file"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import shutil
 import stat
 import struct
@@ -26,6 +27,8 @@ from xen9p.escape import escape
 ROOT: Final = 2
 MAX_LINKS: Final = 40
 """Symbolic links on one way, as Linux bears them."""
+MAX_LOOKUPS: Final = 128
+"""Names on one way, with those in links: each costs two runs of debugfs, and the links are the guest's."""
 TIMEOUT: Final = 30.0  # seconds for one question
 MAX_DIRECTORY: Final = 64 << 20
 """Bytes of a directory that are looked through: a guest may make one of any size."""
@@ -121,7 +124,7 @@ class Ext4Image:
 
     def command(self, request: str) -> str:
         """What a student types for the same."""
-        return f"debugfs {'-D ' if self._direct else ''}-R '{request}' {self.path}"
+        return f"debugfs {'-D ' if self._direct else ''}-R '{request}' {shlex.quote(self.path)}"
 
     def inode(self, number: int) -> Inode:
         """An inode by its number."""
@@ -152,6 +155,8 @@ class Ext4Image:
         left = _names(path)
         while left:
             name = left.pop(0)
+            if len(lookups) >= MAX_LOOKUPS:
+                raise Xen9pError(f"more than {MAX_LOOKUPS} names are on the way", "name the file without its links")
             if not stat.S_ISDIR(at.mode):
                 raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             number = self._lookup(at, name)

@@ -46,7 +46,7 @@ def follow(way: Way, fd: int, file: bytes, offset: int, source: Point) -> None:
         if kind != extents.BTRFS:
             device = extents.device_path(os.fstat(fd).st_dev)
             place = Point(DEVICE, f"{device} byte {address} (extent: {where})", _place(device, address, about))
-            way.add(by, source, place, check, shared, f"see it: {look(device, address)}")
+            way.add(by, source, place, check, shared, _loop(device), f"see it: {look(device, address)}")
             return
         logical = Point(ADDRESS, f"{address} (extent: {where})", about | {"address": address})
         way.add(by, source, logical, check, shared)
@@ -70,8 +70,16 @@ def _chunk(way: Way, fd: int, address: int, logical: Point) -> None:
         Point(DEVICE, f"{device} byte {first.byte} (devid {first.devid})", values),
         f"btrfs-map-logical -l {address} {shlex.quote(first.device)}",
         *others,
+        _loop(first.device),
         f"see it: {look(first.device, first.byte)}",
     )
+
+
+def _loop(device: str) -> str:
+    """That the way does not end at the store's device, if that is a file itself: no way is shorter for it."""
+    if not device.startswith("/dev/loop"):
+        return ""
+    return "the store is a loop device on a file, and from there on every way is the same: losetup -l"
 
 
 def _about(found: extents.Extent) -> dict[str, object]:

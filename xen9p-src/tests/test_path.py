@@ -8,8 +8,9 @@ import shutil
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from confined import has_capability
 from observed import Host, host
 from serving import memory_session
 from xen9p import beneath, blocktrace, cli, disk_path, extents, file_path, path
+from xen9p.device import Ring
 from xen9p.errors import Xen9pError
 from xen9p.escape import escape
 from xen9p.ext4_image import Ext4Image, entries, hex_dump
@@ -78,6 +80,18 @@ class Mounted:
         return shown.stdout
 
 
+def over(served: Host) -> None:
+    """Waits until the worker has noticed that nobody reads its trace any more."""
+    device = served.devices[0].session.served.device
+    for _ in range(100):
+        with suppress(OSError):  # EBUSY
+            device.trace_start(0)
+            device.trace_stop()
+            return
+        time.sleep(0.05)
+    raise AssertionError("it still traces")
+
+
 @contextmanager
 def loop(image: Path, *options: str) -> Iterator[str]:
     done = subprocess.run(["losetup", "-f", "--show", *options, image], check=False, capture_output=True, text=True)
@@ -88,6 +102,15 @@ def loop(image: Path, *options: str) -> Iterator[str]:
         yield device
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+def unmount(point: Path) -> None:
+    """Also when a server that has just been closed is not yet done with it."""
+    for _ in range(50):
+        if subprocess.run(["umount", point], check=False, capture_output=True).returncode == 0:
+            return
+        time.sleep(0.1)
+    subprocess.run(["umount", "--lazy", point], check=True)
 
 
 @contextmanager
@@ -105,7 +128,7 @@ def filesystem(folder: Path, *make: str, options: str = "noatime") -> Iterator[M
         try:
             yield Mounted(point, image, device)
         finally:
-            subprocess.run(["umount", point], check=True)
+            unmount(point)
 
 
 @pytest.fixture
@@ -282,6 +305,7 @@ def tree_with_links(tree: Path) -> None:
     (tree / "etc" / "deep").mkdir(parents=True)
     (tree / "etc" / "deep" / "x").write_bytes(DATA)
     (tree / "abs").symlink_to("/etc/deep")
+    (tree / "etc" / "abs").symlink_to("/etc/deep")
     (tree / "etc" / "up").symlink_to("../../../etc/deep/x")
     (tree / "long").symlink_to("/etc/" + "./" * 60 + "deep/x")
     (tree / "circle").symlink_to("circle")
@@ -295,7 +319,9 @@ def tree_with_links(tree: Path) -> None:
 class TestDisk:
     """From a file in a guest's image to the image, and to the device below."""
 
-    @pytest.mark.parametrize("name", [b"/etc/deep/x", b"/abs/x", b"/etc/up", b"/long", b"//etc/./deep/../deep/x"])
+    @pytest.mark.parametrize(
+        "name", [b"/etc/deep/x", b"/abs/x", b"/etc/abs/x", b"/etc/up", b"/long", b"//etc/./deep/../deep/x"]
+    )
     def test_offset_in_the_image(self, name: bytes, tmp_path: Path) -> None:
         with disk_image(tmp_path, tree_with_links) as image:
             offset = 37 * BLOCK + 100
@@ -458,6 +484,7 @@ def test_a_real_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             Target("g1", "home", b"/link"), 8192, tmp_path, store_of(served), wait=20, ready=threads[0].start
         )
         threads[0].join()
+        over(served)
         told = session.client.getattr(session.root).qid
     values = {step.target.space: step.target.values for step in reversed(way.steps)}
     assert told.path != values[path.FID]["qid"]["path"]
@@ -476,6 +503,7 @@ def test_no_request_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with host(tmp_path, "g1:home") as served:
         (tmp_path / "export-0" / "x").write_bytes(DATA)
         way = file_path.follow(Target("g1", "home", b"/x"), 0, tmp_path, store_of(served), wait=0.2)
+        over(served)
     assert "no request for this byte came" in way.notes[-1]
     assert way.steps[0].target.values["fid"] is None
 
@@ -489,7 +517,7 @@ def tracing(tmp_path: Path) -> Iterator[Path]:
     try:
         yield point
     finally:
-        subprocess.run(["umount", point], check=True)
+        unmount(point)
 
 
 def test_a_request_of_a_disk_is_seen(tracing: Path, tmp_path: Path) -> None:
@@ -623,6 +651,11 @@ def test_orders_of_rings() -> None:
     )
     assert file_path.ring_orders(maps) == (9, 5)
     assert file_path.ring_orders("") == ()
+    rings = (Ring(8, 12), Ring(521, 13))
+    device = file_path.Device("g1", "home", 3, 0, "home", Path("/"), 1, "guest's v9fs", rings, (9, 5))
+    shown = file_path._ring(device, None)
+    assert [ring["order"] for ring in shown.values["rings"]] == [9, 5]
+    assert "ring 1: grant 521, event channel 13, order 5, 32 pages, 65536 bytes each way" in shown.text
 
 
 def test_words_for_a_shell() -> None:
@@ -681,6 +714,8 @@ def test_dumps_of_debugfs() -> None:
 def test_directories_that_are_damaged() -> None:
     good = (12).to_bytes(4, "little") + (12).to_bytes(2, "little") + b"\x03\x01abc\0"
     assert list(entries(good * 2, 1024)) == [(b"abc", 12)] * 2
+    deleted = bytes(4) + good[4:]
+    assert list(entries(deleted + good, 1024)) == [(b"abc", 12)]
     for bad in (bytes(1024), b"\xff" * 1024, good[:4] + b"\0\0" + good[6:], good[:4] + b"\x0c\0\xff" + good[7:]):
         assert list(entries(bad.ljust(1024, b"\0") + good, 1024)) == [(b"abc", 12)]
 

@@ -35,7 +35,7 @@ _KINDS: Final = {
     stat.S_IFCHR: "a device node",
     stat.S_IFBLK: "a device node",
 }
-_MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(/\S*/gntdev)")
+_MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +\S*/gntdev\b")
 
 
 class Nodes(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import stat
@@ -29,6 +30,7 @@ from xen9p.file_path import Target, parse_target
 from xen9p.path import Point, Way
 
 MIB = 1 << 20
+CORRUPTED = 25
 BLOCK = 4096
 root_only = [
     pytest.mark.skipif(not has_capability(21), reason="mounting takes CAP_SYS_ADMIN"),
@@ -357,6 +359,36 @@ class TestDisk:
         assert caught.value.hint
         assert str(caught.value).isprintable()
 
+    def test_images_that_are_damaged(self, tmp_path: Path) -> None:
+        """Whatever a guest has put into its image, it is followed or refused in one line."""
+        with disk_image(tmp_path, tree_with_links, "-b", str(BLOCK), "-O", "^metadata_csum") as image:
+            sound = image.read_bytes()
+            where = Ext4Image(str(image))
+            table = int.from_bytes(sound[BLOCK + 8 : BLOCK + 12], "little")  # inodes, by the first group descriptor
+            blocks = [0, 1, table, where.block_of(2, 0).number]
+            blocks += [where.block_of(where.resolve(name)[0].number, 0).number for name in (b"/etc", b"/etc/deep")]
+            spots = [block * BLOCK for block in blocks]
+            dice = random.Random(7)
+            ends = set()
+            for _ in range(CORRUPTED):
+                with image.open("r+b") as file:
+                    for _ in range(dice.randrange(1, 60)):
+                        at = dice.choice(spots) + dice.randrange(4096)
+                        file.seek(at)
+                        file.write(dice.randbytes(1))
+                try:
+                    way = on_disk(b"/etc/deep/x", 5 * BLOCK, disk_store(str(image)))
+                except Xen9pError as error:
+                    ends.add(str(error).isprintable())
+                else:
+                    assert path.text(way).replace("\n", "").isprintable()
+                    ends.add("followed")
+                with image.open("r+b") as file:
+                    for spot in spots:
+                        file.seek(spot)
+                        file.write(sound[spot : spot + 4096])
+            assert ends == {"followed", True}
+
     def test_hole_and_end(self, tmp_path: Path) -> None:
         def fill(tree: Path) -> None:
             with (tree / "x").open("wb") as file:
@@ -657,6 +689,29 @@ def test_errors_are_one_line(
     assert what in error
     assert error.count("\n") == 1
     assert error.rstrip().endswith(")"), "there is no hint"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xen9p.store_path.follow", lambda *_: None)
+    with host(tmp_path, "g1:root") as served:
+        monkeypatch.setattr("xen9p.xenstore.XenStore", lambda: store_of(served))
+        (tmp_path / "export-0" / "x").write_text("12345")
+        command = ["path", "g1:/x", "--offset", "4", "--runtime-dir", str(tmp_path)]
+        assert cli.main([*command, "--json"]) == 0
+        one = tmp_path / "one.json"
+        one.write_text(capsys.readouterr().out)
+        assert json.loads(one.read_text())["name"] == "root"
+        assert cli.main([*command, "--beside", str(one)]) == 0
+        shown = capsys.readouterr().out
+        assert "ring 1: grant 521, event channel 13" in shown
+        assert "--wait S shows those of a real one" in shown
+        assert shown.splitlines()[-1].split() == ["=", "3", "translations", "3", "translations"]
+        assert cli.main([*command, "--beside", str(one), "--json"]) == 0
+        assert [way["translations"] for way in json.loads(capsys.readouterr().out)] == [3, 3]
+        one.write_text("{}")
+        assert cli.main([*command, "--beside", str(one)]) == 1
+        assert cli.main(["path", "g1:root:/x", "--disk", "xvda"]) == 1
+        assert "not both" in capsys.readouterr().err
 
 
 def test_qids_are_the_servers(tmp_path: Path) -> None:

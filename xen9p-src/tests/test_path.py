@@ -75,7 +75,7 @@ class Mounted:
         """What the device has there, read past its cache by the command that students are given."""
         run("sync", "-f", self.point)
         shown = subprocess.run(
-            path.look(self.device, byte).replace("| head -c 64 | xxd", f"| head -c {length}"),
+            path.look(self.device, byte).replace("| head -c 64 | od -A d -t x1z", f"| head -c {length}"),
             shell=True,
             check=True,
             capture_output=True,

@@ -277,7 +277,7 @@ def _on_disk(way: Way, disk: Disk, byte: int) -> None:
         place = Point(IMAGE, f"{name} offset {inside}", {"image": name, "offset": inside})
         word = shlex.quote(disk.image)
         same = "the number stays; it is of a file now" if disk.loop and not disk.loop_offset else ""
-        way.add(by, source, place, check, same, f"see it: tail -c +{inside + 1} {word} | head -c 64 | xxd")
+        way.add(by, source, place, check, same, f"see it: tail -c +{inside + 1} {word} | head -c 64 | od -A d -t x1z")
         fd = os.open(disk.image, os.O_RDONLY | os.O_CLOEXEC | os.O_NOATIME)
         try:
             store_path.follow(way, fd, os.fsencode(disk.image), inside, place)

@@ -111,7 +111,7 @@ def look(device: str, byte: int) -> str:
     block, rest = divmod(byte, 4096)
     skip = f" | tail -c +{rest + 1}" if rest else ""
     word = shlex.quote(device)
-    return f"dd if={word} bs=4096 skip={block} count=1 iflag=direct status=none{skip} | head -c 64 | xxd"
+    return f"dd if={word} bs=4096 skip={block} count=1 iflag=direct status=none{skip} | head -c 64 | od -A d -t x1z"
 
 
 def to_json(way: Way) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import pytest
 from confined import has_capability
 from observed import Host, host
 from serving import memory_session
-from xen9p import beneath, blocktrace, cli, disk_path, extents, file_path, path
+from xen9p import blocktrace, cli, disk_path, extents, file_path, in_root, path
 from xen9p.device import Ring
 from xen9p.errors import Xen9pError
 from xen9p.escape import escape
@@ -628,14 +628,14 @@ def test_links_stay_in_the_export(tmp_path: Path) -> None:
     root = os.open(export, os.O_PATH)
     try:
         for name in (b"/absolute", b"up", b"/../../etc/passwd"):
-            fd = beneath.resolve(root, name)
-            assert beneath.name_of(fd) == os.fsencode(export / "etc" / "passwd")
+            fd = in_root.resolve(root, name)
+            assert in_root.name_of(fd) == os.fsencode(export / "etc" / "passwd")
             os.close(fd)
         for name in (b"/out", b"/magic", b"/../secret"):
             with pytest.raises(FileNotFoundError):
-                beneath.resolve(root, name)
-        fd = beneath.resolve(root, b"/fifo")
-        assert beneath.open_regular(fd) is None, "opening it would wait"
+                in_root.resolve(root, name)
+        fd = in_root.resolve(root, b"/fifo")
+        assert in_root.open_regular(fd) is None, "opening it would wait"
         os.close(fd)
     finally:
         os.close(root)

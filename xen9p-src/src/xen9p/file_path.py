@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from xen9p import beneath, control, store_path, trace
+from xen9p import control, in_root, store_path, trace
 from xen9p.codec import Qid, Rgetattr, Rlopen, Tread, Twrite, message_name
 from xen9p.device import Ring
 from xen9p.errors import ControlError, Xen9pError
@@ -218,7 +218,7 @@ def follow(
         fd = _open(root, target.path)
         try:
             check_offset(escape(target.path), offset, os.fstat(fd).st_size)
-            inside = beneath.name_of(fd).removeprefix(beneath.name_of(root).rstrip(b"/")) or b"/"
+            inside = in_root.name_of(fd).removeprefix(in_root.name_of(root).rstrip(b"/")) or b"/"
             file = _File(fd, inside, os.fstat(root).st_dev)
             seen = watch(device, inside, offset, runtime=runtime, seconds=wait, ready=ready) if wait else None
             way = _steps(device, target.path, offset, file, seen)
@@ -233,11 +233,11 @@ def follow(
 def _open(root: int, path: bytes) -> int:
     name = escape(path)
     try:
-        found = beneath.resolve(root, path)
+        found = in_root.resolve(root, path)
     except OSError as error:
         raise missing(name, error) from None
     try:
-        opened = beneath.open_regular(found)
+        opened = in_root.open_regular(found)
         if opened is None:
             raise no_file(name, os.fstat(found).st_mode)
         return opened
@@ -269,7 +269,7 @@ def check_offset(name: str, offset: int, size: int) -> None:
 
 
 def _steps(device: Device, path: bytes, offset: int, opened: _File, seen: Seen | None) -> Way:
-    shown, about, file = escape(path), os.fstat(opened.fd), beneath.name_of(opened.fd)
+    shown, about, file = escape(path), os.fstat(opened.fd), in_root.name_of(opened.fd)
     served = f"export {device.export}, {escape(os.fsencode(device.root))}"
     way = Way("9P", served, device.guest, device.tag, shown, offset)
 

@@ -39,6 +39,8 @@ class Device:
             "guest": self.guest,
             "tag": self.tag,
             "export": f"{self.tag}-export",
+            "path": str(self.session.served.path),
+            "frontend_kind": "kernel",
             "state": self.phase,
             "phase": self.phase,
             "pid": os.getpid(),

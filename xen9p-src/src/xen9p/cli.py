@@ -171,6 +171,31 @@ def _observing(commands: Any) -> None:
     trace.add_argument("--data", type=int, default=64, metavar="BYTES", help="of file data; default: %(default)s")
     _runtime(trace)
 
+    path = commands.add_parser(
+        "path",
+        help="every translation between a guest's file and the device",
+        description="Follow a byte of a guest's file through every translation on its way, with the real values, and "
+        "count them: over 9P from a path in the mount of a tag, or with --disk from a path on the ext4 of a disk.",
+    )
+    path.add_argument(
+        "target",
+        metavar="GUEST[:TAG]:/PATH",
+        help="as from the root of the mount, or of the disk; default of TAG: root",
+    )
+    path.add_argument("--offset", type=_offset, default=0, metavar="N", help="which byte of it; default: %(default)s")
+    path.add_argument("--disk", default="", metavar="NAME", help="follow it on this disk of the guest, as xvda")
+    path.add_argument(
+        "--wait",
+        type=_seconds,
+        metavar="S",
+        help="wait so many seconds for a real request for that byte, and show its values",
+    )
+    path.add_argument(
+        "--beside", type=Path, metavar="FILE", help="compare it with another one, which --json wrote into this file"
+    )
+    path.add_argument("--json", action="store_true", help="as one JSON object; with --beside an array of both")
+    _runtime(path)
+
 
 def _seconds(text: str) -> float:
     try:
@@ -185,6 +210,12 @@ def _seconds(text: str) -> float:
 def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _offset(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes")
     return int(text)
 
 
@@ -244,8 +275,8 @@ def _run(args: argparse.Namespace) -> int:
             return _metrics(args)
         case "top":
             return _top(args)
-        case "trace":
-            return _trace(args)
+        case "trace" | "path":
+            return _trace(args) if args.command == "trace" else _path(args)
         case "key":
             auth.make(args.file, args.name, args.uid)
             print(f"added the key {args.name} to {args.file}")
@@ -350,6 +381,33 @@ def _trace(args: argparse.Namespace) -> int:
             seconds=args.duration,
             count=args.count,
         )
+    return 0
+
+
+def _path(args: argparse.Namespace) -> int:
+    from xen9p import disk_path, file_path, path  # noqa: PLC0415
+    from xen9p.xenstore import XenStore  # noqa: PLC0415
+
+    def ready() -> None:
+        print(f"xen9p: waiting for a request for byte {args.offset} of it", file=sys.stderr, flush=True)
+
+    target = file_path.parse_target(args.target)
+    other = None if args.beside is None else path.load(args.beside)
+    store = XenStore()
+    if args.disk:
+        if target.tag:
+            raise Xen9pError("a file is below a tag or on a disk, not both", "write GUEST:/path with --disk")
+        waiting = disk_path.Waiting(args.wait, ready) if args.wait else None
+        way = disk_path.follow(target, args.disk, args.offset, store, wait=waiting)
+    else:
+        way = file_path.follow(target, args.offset, args.runtime_dir, store, wait=args.wait, ready=ready)
+    if args.json:
+        found = path.to_json(way)
+        print(json.dumps(found if other is None else [found, path.to_json(other)], indent=2), flush=True)
+    else:
+        print(path.text(way), flush=True)
+        if other is not None:
+            print(f"\n{path.compare(way, other)}", flush=True)
     return 0
 
 

@@ -259,7 +259,7 @@ def counted(module, name):
 from xen9p import beneath
 for module, names in (
     (os, ("rename", "fsync", "mkdir", "unlink")),
-    (btrfs, ("snapshot", "destroy", "sync")),
+    (subvolumes, ("snapshot", "destroy", "sync")),
     (beneath, ("exchange",)),
 ):
     for name in names:

@@ -23,6 +23,7 @@ STATE = REPOSITORY / ".lab" / os.environ.get("XEN9P_LAB", "lab")
 GUESTS = ("g1", "g2")
 TAGS = {"root": "rw", "home": "rw", "course": "ro"}
 BACKEND = "/local/domain/0/backend/xen9p"
+MOUNT = "mount -t 9p -o trans=xen,version=9p2000.L,msize=524288"
 
 
 CONTROL = Path(tempfile.mkdtemp(prefix="xen9p-"))

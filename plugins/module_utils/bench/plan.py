@@ -15,8 +15,8 @@ from .sides import FUSE, Side
 
 SIZES = {"4k": 4096, "64k": 65536, "1m": 1 << 20}
 JOBS = (1, 16)
-# What 16 writers of large requests have under way does not fit into a ring, and then Linux's frontend never wakes who waits
-# for room (docs/troubleshooting.md): over any backend's v9fs they would stand still for ever.
+# What 16 writers of large requests have under way does not fit into a ring, and then Linux's frontend never wakes who
+# waits for room (docs/troubleshooting.md): over any backend's v9fs they would stand still for ever.
 WRITERS = {"1m": (1, 4)}
 # Of a section's bytes, out of each mebibyte of a file: small requests take longer.
 SHARE = {"4k": 1 / 8, "64k": 1 / 2, "1m": 1.0}

@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 HEARTBEAT = 10.0
 FUZZ_SECONDS = "5"
+PACKAGE = "xen9p-src/tests"
+# Those that make filesystems and mounts: half of the package's time, so they run beside the others.
+STORE = [
+    f"{PACKAGE}/test_{n}.py" for n in ("dedup", "fuse", "path", "restore", "snapshot", "snapshot_commands", "torture")
+]
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,12 @@ def build() -> Step:
 def checks() -> list[Step]:
     """Return the checks, the slowest first."""
     scripts = [str(path) for path in _tracked() if _is_shell(path)]
+    pytest = (tool("pytest"), "-q")
     return [
         # Apart, so that they share the processors.
-        Step("package tests", [tool("pytest"), "-q", "--junit-xml=junit-package.xml", "xen9p-src/tests"]),
-        Step("unit tests", [tool("pytest"), "-q", "--junit-xml=junit-unit.xml", "tests/unit"]),
+        Step("package tests", [*pytest, "--junit-xml=junit-package.xml", PACKAGE, *(f"--ignore={p}" for p in STORE)]),
+        Step("store tests", [*pytest, "--junit-xml=junit-store.xml", *STORE]),
+        Step("unit tests", [*pytest, "--junit-xml=junit-unit.xml", "tests/unit"]),
         Step("fuzz", [sys.executable, str(ROOT / "tools" / "fuzzing.py"), "--seconds", FUZZ_SECONDS]),
         Step("ansible-lint", [tool("ansible-lint"), "-q", "--offline"]),
         Step("mypy", [tool("mypy")]),

@@ -226,9 +226,7 @@ class Trees:
             if partial.exists():
                 run("btrfs", "--quiet", "subvolume", "delete", str(partial))
             run("btrfs", "--quiet", "subvolume", "snapshot", str(self.golden), str(partial))
-            # The guest keeps the kernel that its modules belong to, whatever comes after.
-            link.unlink(missing_ok=True)
-            link.symlink_to(self.identity)
+            self._link(link)
             partial.rename(tree)
         elif not link.exists() and tree.exists():
             self._give_kernel(name, tree, link)
@@ -243,8 +241,12 @@ class Trees:
                 f"({', '.join(sorted(modules))}): {again}"
             )
         if self.act(f"give {name} its kernel back"):
-            link.unlink(missing_ok=True)
-            link.symlink_to(self.identity)
+            self._link(link)
+
+    def _link(self, link: Path) -> None:
+        """The guest keeps the kernel that its modules belong to, whatever comes after."""
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.identity)
 
     def host_key(self, name: str) -> dict[str, tuple[str, int]]:
         """The guest's ssh host key, made once and kept outside the tree."""

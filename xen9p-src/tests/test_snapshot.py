@@ -242,7 +242,7 @@ sys.path[:0] = sys.argv[3].split(":")
 from pathlib import Path
 from contextlib import contextmanager
 from types import SimpleNamespace
-from xen9p import snapshot, subvolumes
+from xen9p import btrfs, snapshot, subvolumes
 left = int(sys.argv[1])
 def counted(module, name):
     original = getattr(module, name)
@@ -259,7 +259,8 @@ def counted(module, name):
 from xen9p import beneath
 for module, names in (
     (os, ("rename", "fsync", "mkdir", "unlink")),
-    (subvolumes, ("snapshot", "destroy", "sync")),
+    (subvolumes, ("snapshot", "destroy")),
+    (btrfs, ("sync",)),
     (beneath, ("exchange",)),
 ):
     for name in names:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Final
 
 _SYS_OPENAT2: Final = 437  # the same everywhere
-_NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 2, 4, 8
+NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 2, 4, 8  # linux/openat2.h: RESOLVE_*
 _EXCHANGE: Final = 2
 _MOST_PATH: Final = 3000  # bytes, less than PATH_MAX
 _MOST_PASSES: Final = 1 << 20
@@ -24,6 +24,25 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 class _How(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def openat2(root: int, path: bytes, flags: int, resolve: int, tries: int) -> int:
+    """openat2(2), so many times while renames elsewhere keep the kernel from being sure.
+
+    Raises:
+        OSError: as openat2(2); EAGAIN after the last try, EINVAL for a path with a NUL.
+    """
+    if b"\0" in path:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    how = _How(flags | os.O_CLOEXEC, 0, resolve)
+    for _ in range(tries):
+        fd = int(_libc.syscall(_SYS_OPENAT2, root, path, ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))))
+        if fd >= 0:
+            return fd
+        err = ctypes.get_errno()
+        if err != errno.EAGAIN:
+            break
+    raise OSError(err, os.strerror(err), os.fsdecode(path[:200]))
 
 
 def open_beneath(root: int, path: bytes, flags: int = os.O_PATH) -> int:
@@ -49,16 +68,8 @@ def open_beneath(root: int, path: bytes, flags: int = os.O_PATH) -> int:
 
 
 def _open(root: int, path: bytes, flags: int) -> int:
-    how = _How(flags | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if flags & os.O_PATH else os.O_NONBLOCK), 0, 0)
-    how.resolve = _BENEATH | _NO_SYMLINKS | _NO_MAGICLINKS
-    for _ in range(100):
-        fd = int(_libc.syscall(_SYS_OPENAT2, root, path or b".", ctypes.byref(how), ctypes.sizeof(how)))
-        if fd >= 0:
-            return fd
-        err = ctypes.get_errno()
-        if err != errno.EAGAIN:  # something was renamed meanwhile
-            break
-    raise OSError(err, os.strerror(err), os.fsdecode(path[:200]))
+    more = os.O_NOFOLLOW | (0 if flags & os.O_PATH else os.O_NONBLOCK)
+    return openat2(root, path or b".", flags | more, _BENEATH | _NO_SYMLINKS | NO_MAGICLINKS, 100)
 
 
 def open_parent(root: int, path: bytes) -> tuple[int, bytes]:

@@ -25,6 +25,8 @@ _START_SYNC: Final = 0x80089418
 _WAIT_SYNC: Final = 0x40089416
 _DEDUPE_RANGE: Final = 0xC0189436  # linux/fs.h
 
+OWN: Final = 0
+"""In place of a tree's number: that of the subvolume itself."""
 CSUM_TREE: Final = 7
 UUID_TREE: Final = 9
 INODE_ITEM: Final = 1
@@ -34,8 +36,8 @@ _UUID_SUBVOL: Final = 251
 _CSUMS: Final = (1 << 64) - 10
 FIRST_FREE: Final = 256
 """The number of a subvolume's top; its files have greater ones."""
-_LAST_FREE: Final = (1 << 64) - 256
-_MOST: Final = (1 << 64) - 1
+LAST_FREE: Final = (1 << 64) - 256
+MOST: Final = (1 << 64) - 1
 
 INLINE, REGULAR, PREALLOCATED = 0, 1, 2
 MAX_EXTENT: Final = 128 << 20
@@ -153,6 +155,34 @@ Key = tuple[int, int, int]
 """What an item is found by: a number (of an inode, mostly), a type, an offset."""
 
 
+def search(fd: int, tree: int, first: Key, last: Key, newer: int = 0, room: int = _ROOM) -> Iterator[tuple[Key, bytes]]:
+    """The items of a tree from key to key, in order, without those in leaves older than generation *newer*.
+
+    The kernel passes by whole branches that are older, so what did not change costs nothing.
+
+    Args:
+        tree: its number; OWN for that of the subvolume that fd is in.
+        room: bytes of items that are fetched at a time.
+    """
+    buffer = bytearray(_KEY.size + _SIZE.size + room)
+    at = first
+    while at <= last:
+        _KEY.pack_into(buffer, 0, tree, at[0], last[0], at[2], last[2], newer, MOST, at[1], last[1], 0xFFFFFFFF, 0)
+        _SIZE.pack_into(buffer, _KEY.size, room)
+        fcntl.ioctl(fd, _TREE_SEARCH_V2, buffer)
+        count = _KEY.unpack_from(buffer)[9]
+        if not count:
+            return
+        place = _KEY.size + _SIZE.size
+        for _ in range(count):
+            _, number, offset, kind, length = _HEADER.unpack_from(buffer, place)
+            place += _HEADER.size
+            at = (number, kind, offset)
+            yield at, bytes(buffer[place : place + length])
+            place += length
+        at = _after(at)
+
+
 class Trees:
     """Looks into the trees of the filesystem that a descriptor is on. read counts the bytes that this took."""
 
@@ -164,28 +194,10 @@ class Trees:
     def search(
         self, tree: int, first: Key, last: Key, newer: int = 0, room: int = _ROOM
     ) -> Iterator[tuple[Key, bytes]]:
-        """The items of a tree from key to key, in order, without those in leaves older than generation *newer*.
-
-        The kernel passes by whole branches that are older, so what did not change costs nothing.
-        """
-        at = first
-        while at <= last:
-            buffer = bytearray(_KEY.size + _SIZE.size + room)
-            _KEY.pack_into(buffer, 0, tree, at[0], last[0], at[2], last[2], newer, _MOST, at[1], last[1], 0xFFFFFFFF, 0)
-            _SIZE.pack_into(buffer, _KEY.size, room)
-            fcntl.ioctl(self.fd, _TREE_SEARCH_V2, buffer)
-            count = _KEY.unpack_from(buffer)[9]
-            if not count:
-                return
-            place = _KEY.size + _SIZE.size
-            for _ in range(count):
-                _, number, offset, kind, length = _HEADER.unpack_from(buffer, place)
-                place += _HEADER.size
-                self.read += length
-                at = (number, kind, offset)
-                yield at, bytes(buffer[place : place + length])
-                place += length
-            at = _after(at)
+        """search() in a tree of this filesystem, counted."""
+        for key, data in search(self.fd, tree, first, last, newer=newer, room=room):
+            self.read += len(data)
+            yield key, data
 
     def _item(self, tree: int, key: Key) -> bytes | None:
         """One item that is not large."""
@@ -210,7 +222,7 @@ class Trees:
 
         In order of the files, from number *first* on.
         """
-        last = (_LAST_FREE, EXTENT_DATA, _MOST)
+        last = (LAST_FREE, EXTENT_DATA, MOST)
         fresh = 0
         for (number, kind, start), data in self.search(tree, (max(first, FIRST_FREE), 0, 0), last, newer):
             if kind == INODE_ITEM and _SIZE.unpack_from(data)[0] >= newer:
@@ -260,7 +272,7 @@ class Trees:
 
 def _after(key: Key) -> Key:
     number, kind, offset = key
-    if offset < _MOST:
+    if offset < MOST:
         return number, kind, offset + 1
     return (number, kind + 1, 0) if kind < 255 else (number + 1, 0, 0)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from xen9p.btrfs import Trees
+from xen9p import btrfs
 from xen9p.errors import Xen9pError
 
 _FIEMAP: Final = 0xC020660B
@@ -147,7 +147,7 @@ def chunk_places(fd: int, address: int) -> list[Place]:
     found: tuple[int, bytes] | None = None
     first, last = (_FIRST_CHUNK, _CHUNK_ITEM, 0), (_FIRST_CHUNK, _CHUNK_ITEM, address)
     # Keys are where chunks begin, and there is no search backwards: a large store has some thousands.
-    for (_, _, start), data in Trees(fd).search(_CHUNK_TREE, first, last):
+    for (_, _, start), data in btrfs.search(fd, _CHUNK_TREE, first, last):
         found = start, data
     if found is None:
         raise Xen9pError(f"btrfs has no chunk for address {address}", "run it again: it may have been moved (balance)")

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import stat
-import struct
 from typing import Final
 
-_OPENAT2: Final = 437  # the same on every architecture
-_HOW: Final = struct.Struct("=QQQ")  # struct open_how: flags, mode, resolve
-_NO_MAGICLINKS: Final = 0x02
-_IN_ROOT: Final = 0x10
+from xen9p.beneath import NO_MAGICLINKS, openat2
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_IN_ROOT: Final = 0x10  # RESOLVE_IN_ROOT
 
 
 def resolve(root: int, path: bytes) -> int:
@@ -23,18 +17,8 @@ def resolve(root: int, path: bytes) -> int:
     Raises:
         OSError: as open(2); ELOOP also for a magic link.
     """
-    how = _HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, _IN_ROOT | _NO_MAGICLINKS)
-    if b"\0" in path:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-    for _ in range(16):
-        got = int(_libc.syscall(_OPENAT2, root, path, how, ctypes.c_size_t(_HOW.size)))
-        if got >= 0:
-            return got
-        code = ctypes.get_errno()
-        # Somebody renames directories meanwhile; the kernel cannot be sure then that .. stayed inside.
-        if code != errno.EAGAIN:
-            break
-    raise OSError(code, os.strerror(code))
+    # Somebody renames directories meanwhile; the kernel cannot be sure then that .. stayed inside.
+    return openat2(root, path, os.O_PATH, _IN_ROOT | NO_MAGICLINKS, 16)
 
 
 def open_regular(fd: int) -> int | None:

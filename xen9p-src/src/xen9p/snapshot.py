@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from xen9p import beneath, subvolumes
+from xen9p import beneath, btrfs, subvolumes
 from xen9p.errors import Xen9pError
 from xen9p.quota import mount_of
 from xen9p.treediff import Change, Tree, compare, parted
@@ -192,10 +192,10 @@ class Store:
             for export in said["exports"]:
                 path = self.folder / export / said["name"]
                 with suppress(OSError), subvolumes.opened(path) as fd:
-                    one = subvolumes.info(fd)
+                    one = btrfs.subvolume(fd)
                     if one.readonly and os.fstat(fd).st_ino == subvolumes.TOP:
                         yield Snapshot(
-                            export, said["name"], path, when, one.made, said["guest"], said["reason"],
+                            export, said["name"], path, when, one.born, said["guest"], said["reason"],
                             tuple(said["exports"]),
                         )  # fmt: skip
 
@@ -315,7 +315,7 @@ class Store:
             _have(self.folder / export, 0o755)
             source = stack.enter_context(subvolumes.opened(path))
             pairs.append((source, stack.enter_context(subvolumes.opened(self.folder / export))))
-        subvolumes.sync(pairs[0][0])  # so that little is left to be written while guests wait
+        btrfs.sync(pairs[0][0])  # so that little is left to be written while guests wait
         pool = stack.enter_context(ThreadPoolExecutor(len(pairs)))
         list(pool.map(lambda _: None, pairs))  # its threads are there before anybody waits
         with pauser(list(exports.values())) as blink:
@@ -418,9 +418,9 @@ class Store:
         known = {}
         for one in [*(s.path for s in self.all()), path]:
             with suppress(OSError), subvolumes.opened(one) as fd:
-                said = subvolumes.info(fd)
+                said = btrfs.subvolume(fd)
                 known[said.uuid] = said
-        return parted(subvolumes.info(older.fd), subvolumes.info(newer.fd), known)
+        return parted(btrfs.subvolume(older.fd), btrfs.subvolume(newer.fd), known)
 
     def diff(
         self,

@@ -15,11 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
 
-from xen9p import subvolumes
 from xen9p.beneath import open_beneath
-from xen9p.subvolumes import FIRST, LAST, MOST, TOP, Info
+from xen9p.btrfs import EXTENT_DATA, FIRST_FREE, INODE_ITEM, LAST_FREE, MOST, OWN, Key, Subvolume, search
+from xen9p.subvolumes import TOP
 
 BLOCK: Final = 4096
+# Types of items that only this reads.
+INODE_REF, INODE_EXTREF, XATTR_ITEM, DIR_INDEX = 12, 13, 24, 96
+
+_ROOM: Final = 1 << 16
 _CHUNK: Final = 1 << 20
 _INODE: Final = struct.Struct("<5Q4I3Q32xQIQIQIQI")
 _STAMPS: Final = struct.Struct("<QQ36xI")
@@ -75,11 +79,14 @@ class Tree:
         self.fd = fd
         self._paths: dict[int, bytes] = {TOP: b""}
 
+    def _items(self, first: Key, last: Key, newer: int = 0, room: int = _ROOM) -> Iterator[tuple[Key, bytes]]:
+        return search(self.fd, OWN, first, last, newer=newer, room=room)
+
     def young(self, since: int) -> dict[int, bool]:
         """The inodes that changed after a generation; False for those that were no directory before."""
         found = {}
-        for number, kind, _, content in subvolumes.search(self.fd, (FIRST, 0, 0), (LAST, 255, MOST), since + 1, _CHUNK):
-            if kind == subvolumes.INODE_ITEM:
+        for (number, kind, _), content in self._items((FIRST_FREE, 0, 0), (LAST_FREE, 255, MOST), since + 1, _CHUNK):
+            if kind == INODE_ITEM:
                 made, changed, mode = _STAMPS.unpack_from(content)
                 if changed > since:
                     found[number] = made > since or stat.S_ISDIR(mode)
@@ -90,16 +97,14 @@ class Tree:
         values: tuple[Any, ...] = ()
         links: set[Link] = set()
         xattrs: dict[bytes, bytes] = {}
-        for _, kind, offset, content in subvolumes.search(
-            self.fd, (number, 0, 0), (number, subvolumes.XATTR_ITEM, MOST)
-        ):
-            if kind == subvolumes.INODE_ITEM:
+        for (_, kind, offset), content in self._items((number, 0, 0), (number, XATTR_ITEM, MOST)):
+            if kind == INODE_ITEM:
                 values = _INODE.unpack_from(content)
-            elif kind == subvolumes.INODE_REF:
+            elif kind == INODE_REF:
                 links |= {(offset, name) for name in _names(content, "<QH")}
-            elif kind == subvolumes.INODE_EXTREF:
+            elif kind == INODE_EXTREF:
                 links |= {(parent, name) for parent, name in _far_names(content)}
-            elif kind == subvolumes.XATTR_ITEM:
+            elif kind == XATTR_ITEM:
                 xattrs |= {name: value for name, value, _, _ in _entries(content)}
         if not values or not (links or number == TOP):
             return None
@@ -111,12 +116,12 @@ class Tree:
 
     def entries(self, number: int) -> dict[bytes, int]:
         """A directory's names and their inodes; other subvolumes in it are none of this one."""
-        first, last = (number, subvolumes.DIR_INDEX, 0), (number, subvolumes.DIR_INDEX, MOST)
+        first, last = (number, DIR_INDEX, 0), (number, DIR_INDEX, MOST)
         return {
             name: inode
-            for _, _, _, content in subvolumes.search(self.fd, first, last)
+            for _, content in self._items(first, last)
             for name, _, inode, kind in _entries(content)
-            if kind == subvolumes.INODE_ITEM
+            if kind == INODE_ITEM
         }
 
     def path(self, number: int) -> bytes:
@@ -145,8 +150,8 @@ class Tree:
         """
         found: list[tuple[int, int, object]] = []
         end = 0
-        first, last = (number, subvolumes.EXTENT_DATA, 0), (number, subvolumes.EXTENT_DATA, MOST)
-        for _, _, start, content in subvolumes.search(self.fd, first, last):
+        first, last = (number, EXTENT_DATA, 0), (number, EXTENT_DATA, MOST)
+        for (_, _, start), content in self._items(first, last):
             _, _, compression, _, _, kind = _EXTENT.unpack_from(content)
             token: object = 0
             if kind == _INLINE:
@@ -232,7 +237,7 @@ class Change:
         return found | ({"what": self.what} if self.what else {})
 
 
-def parted(first: Info, second: Info, known: Mapping[UUID, Info]) -> int | None:
+def parted(first: Subvolume, second: Subvolume, known: Mapping[UUID, Subvolume]) -> int | None:
     """The generation up to which two subvolumes are the same one's history; None: they are one, 0: nothing is known.
 
     Args:
@@ -246,19 +251,19 @@ def parted(first: Info, second: Info, known: Mapping[UUID, Info]) -> int | None:
     return 0
 
 
-def _ancestors(one: Info, known: Mapping[UUID, Info]) -> Iterator[tuple[UUID, int]]:
+def _ancestors(one: Subvolume, known: Mapping[UUID, Subvolume]) -> Iterator[tuple[UUID, int]]:
     """What a subvolume descends from, nearest first, and the generation in which its line left that one."""
     left, here = MOST, one
     seen = set()
     while here.uuid not in seen:
         seen.add(here.uuid)
         yield here.uuid, left
-        if here.parent is None:
+        if not here.born_of.int:
             return
-        left = here.made
-        above = known.get(here.parent)
+        left = here.born
+        above = known.get(here.born_of)
         if above is None:
-            yield here.parent, left
+            yield here.born_of, left
             return
         here = above
 

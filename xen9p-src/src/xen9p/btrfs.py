@@ -155,7 +155,9 @@ Key = tuple[int, int, int]
 """What an item is found by: a number (of an inode, mostly), a type, an offset."""
 
 
-def search(fd: int, tree: int, first: Key, last: Key, newer: int = 0, room: int = _ROOM) -> Iterator[tuple[Key, bytes]]:
+def search(
+    fd: int, tree: int, first: Key, last: Key, *, newer: int = 0, room: int = _ROOM
+) -> Iterator[tuple[Key, bytes]]:
     """The items of a tree from key to key, in order, without those in leaves older than generation *newer*.
 
     The kernel passes by whole branches that are older, so what did not change costs nothing.

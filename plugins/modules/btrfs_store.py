@@ -35,6 +35,11 @@ options:
       - Directories below the mount that later steps make. While any of them is missing, a mounted filesystem
         with less than O(room) free is refused.
   room: {type: int, default: 1024, description: [MiB that have to be free to make O(trees).]}
+  checksum:
+    type: str
+    choices: [crc32c, xxhash, sha256, blake2]
+    default: xxhash
+    description: [Checksums of a new filesystem; one that is there keeps its own.]
   quotas:
     type: bool
     default: false
@@ -83,6 +88,7 @@ class Store:
     dry: bool
     trees: list[str] = field(default_factory=list)
     room: int = 0
+    checksum: str = "xxhash"
     quotas: bool = False
     actions: list[str] = field(default_factory=list)
 
@@ -191,7 +197,7 @@ class Store:
             )
         if self.act(f"format {self.source} as btrfs"):
             force = ["--force"] if kinds else []
-            run("mkfs.btrfs", "--quiet", "--label", "xen9p", *force, str(self.source))
+            run("mkfs.btrfs", "--quiet", "--label", "xen9p", "--csum", self.checksum, *force, str(self.source))
 
     def announce(self) -> None:
         """Let udev look at the device anew: the mount waits for the link by its UUID."""
@@ -264,6 +270,7 @@ def main() -> None:
             "subvolumes": {"type": "list", "elements": "str", "default": []},
             "trees": {"type": "list", "elements": "str", "default": []},
             "room": {"type": "int", "default": 1024},
+            "checksum": {"choices": ["crc32c", "xxhash", "sha256", "blake2"], "default": "xxhash"},
             "quotas": {"type": "bool", "default": False},
             "force_format": {"type": "bool", "default": False},
         },
@@ -284,6 +291,7 @@ def main() -> None:
         dry=module.check_mode,
         trees=given["trees"],
         room=given["room"],
+        checksum=given["checksum"],
         quotas=given["quotas"],
     )
     try:

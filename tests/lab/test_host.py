@@ -15,6 +15,8 @@ def test_the_store_is_btrfs(dom0: Dom0) -> None:
     mount = dom0.host.mount_point("/srv/xen9p")
     assert mount.exists
     assert mount.filesystem == "btrfs"
+    uuid = dom0.out("findmnt -no UUID /srv/xen9p").strip()
+    assert dom0.out(f"cat /sys/fs/btrfs/{uuid}/checksum").startswith("xxhash64")
     for export in ("home", "course", "golden", *(f"guests/{guest}" for guest in GUESTS)):
         assert dom0.host.file(f"/srv/xen9p/{export}").is_directory
 

@@ -87,6 +87,17 @@ def test_btrfs_is_kept_and_an_empty_device_is_formatted(
     assert commands.formatted is formatted
 
 
+def test_a_new_filesystem_gets_the_checksums_that_are_asked_for(
+    store: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = Commands([])
+    monkeypatch.setattr(store, "run", commands)
+    for checksum in ("xxhash", "sha256"):
+        a_store(store, tmp_path, checksum=checksum).have_filesystem()
+        words = next(command for command in reversed(commands.ran) if command[0] == "mkfs.btrfs")
+        assert words[words.index("--csum") + 1] == checksum
+
+
 def test_a_real_filesystem_is_seen_by_the_real_tool(
     store: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -45,6 +46,8 @@ def facts(given: Settings) -> dict[str, Any]:
     """Return what a reader has to know about the host."""
     xen = dict(line.split(":", 1) for line in run("xl", "info").splitlines() if ":" in line)
     told = {key.strip(): value.strip() for key, value in xen.items()}
+    store = run("findmnt", "--noheadings", "--output", "UUID", given.store).strip()
+    checksum = Path("/sys/fs/btrfs", store, "checksum").read_text().split()[0]
     qemu = run("/usr/libexec/xen-qemu-system-i386", "--version").splitlines()[0]
     return {
         "kernel": platform.release(),
@@ -54,7 +57,7 @@ def facts(given: Settings) -> dict[str, Any]:
         "qemu": qemu.removeprefix("QEMU emulator version ").split()[0],
         "xen9p": run("xen9p", "--version").strip(),
         "guest_memory_mib": given.memory,
-        "store": "btrfs",
+        "store": f"btrfs, {checksum}",
     }
 
 

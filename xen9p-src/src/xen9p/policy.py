@@ -237,7 +237,8 @@ def load(path: Path = DEFAULT_PATH, *, check_paths: bool) -> Policy:
         raise PolicyError(f"{path} cannot be read: {error.strerror}", "run as root") from None
     policy = parse(text, str(path))
     if check_paths:
-        problems = missing_paths(policy) + [line for rule in policy.rules for line in key_problems(rule)]
+        problems = missing_paths(policy)
+        problems += [line for rule in policy.rules for line in key_problems(rule) + group_problems(rule)]
         _raise(str(path), problems or quota.problems(policy.quotas()))
     return policy
 
@@ -289,6 +290,15 @@ def key_problems(rule: Rule) -> list[str]:
         auth.load(rule.keys)
     except Xen9pError as error:
         return [f"rule {rule.number}: keys: {error}"]
+    return []
+
+
+def group_problems(rule: Rule) -> list[str]:
+    """What is wrong with the groups that a rule takes from this machine now."""
+    try:
+        rule.terms.users()
+    except PolicyError as error:
+        return [f"rule {rule.number}: groups: {error}"]
     return []
 
 

@@ -438,6 +438,11 @@ def status_text(answer: dict[str, Any]) -> str:
         lines += ["", *table([_HEAD, *rows], right=6)]
     lines += [f"failed  {d['guest']} {d['tag']}: {d['reason']}" for d in answer["devices"] if d["phase"] == "failed"]
     lines += [
+        f"problem {d['guest']} {d['tag']}: keeps its terms: {d['problem']}"
+        for d in answer["devices"]
+        if d.get("problem")
+    ]
+    lines += [
         f"pending {d['guest']} {d['tag']}: at its next attach: {d['pending']}"
         for d in answer["devices"]
         if d.get("pending")

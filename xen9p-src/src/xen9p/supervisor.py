@@ -66,6 +66,7 @@ class Managed:
         self.deaf = False  # its worker is of an earlier version, which knows no terms
         self.narrowed = False  # by hand
         self.later = ""  # what the policy says by now and only the next attach brings
+        self.refusal = ""  # why its terms are not the policy's
         self.dirty = False
         self.timer = 0
         self.waiters: list[Callable[[], None]] = []
@@ -457,9 +458,11 @@ class Supervisor:
         """Has a device's worker take the terms of the policy as it is now; says what cannot change under a mount."""
         now, was = self._now(managed), managed.grant
         if now is not None and (now.export, now.path) == (was.export, was.path):
+            managed.refusal = ""
             try:
                 terms = _terms(now)
             except PolicyError as error:
+                managed.refusal = str(error)
                 managed.say("error", f"keeps its terms: {error}")
                 terms = managed.terms
             managed.grant = dataclasses.replace(was, terms=now.terms)
@@ -490,7 +493,7 @@ class Supervisor:
         for problem in problems:
             managed.say("error", f"is made anew as it was: {problem}")
         if not problems:
-            managed.grant, managed.terms, managed.later = now, terms, ""
+            managed.grant, managed.terms, managed.later, managed.refusal = now, terms, "", ""
 
     # Workers.
 
@@ -853,6 +856,7 @@ def _device_status(managed: Managed) -> Object:
         "frontend_kind": grant.frontend,
         "checks": "server" if grant.terms.checks else "guest",
         "pending": managed.later,
+        "problem": managed.refusal or (worker.refusal if worker else ""),
         "state": XenbusState.named(machine.published).lower(),
         "frontend": XenbusState.named(machine.frontend).lower() if known else str(machine.frontend),
         "phase": machine.phase.value,

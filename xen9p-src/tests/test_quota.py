@@ -6,7 +6,8 @@ import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from confined import confined_session, has_capability
 from xen9p import policy, quota
 from xen9p.client import Client
 from xen9p.errors import PolicyError, Xen9pError
+from xen9p.loop import Loop
 from xen9p.quota import Quota
+from xen9p.quotas import Quotas
 
 MIB = 1 << 20
 pytestmark = [
@@ -237,3 +240,86 @@ def test_a_quota_within_another_is_said(says_ext4: Path) -> None:
     assert quota.problems({above: Quota(MIB), says_ext4 / "gone": Quota(MIB)}) == [
         f"quota of {says_ext4}/gone: No such file or directory (create it or correct the path)"
     ]
+
+
+# Those that the service has in force.
+
+
+def run_until(loop: Loop, holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        loop.after(0.01, lambda: None)
+        loop.step()
+
+
+def test_a_large_tree_joins_while_others_are_served(says_ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hold() returns at once, and says when it holds. One that was cut off begins again."""
+    top, go = says_ext4 / "a", says_ext4 / "go"
+    said = tools(says_ext4, f'case "$1" in -R) while [ ! -e {go} ]; do sleep 0.02; done;; esac')
+    monkeypatch.setenv("PATH", f"{says_ext4}/tools:{os.environ['PATH']}")
+    number = quota.project_of(top)
+    all_of_it, itself = f"chattr -R -f +P -p {number} {top}", f"chattr +P -p {number} {top}"
+    limits = f"setquota -P {number} 0 1024 0 0 {says_ext4}"
+    loop, changed = Loop(), []
+    quotas = Quotas(loop, says_ext4 / "quotas.json", lambda: changed.append(1))
+    for _ in range(2):
+        (line,) = quotas.hold(top, Quota(MIB))
+        assert "joins its project first" in line
+    run_until(loop, said.exists)
+    assert not changed
+    monkeypatch.setattr(quota, "joined", lambda *_: True)  # the top comes first
+    later = Quotas(loop, says_ext4 / "quotas.json", lambda: changed.append(2))  # after the host has crashed
+    later.keep({top: Quota(MIB)})
+    assert later.hold(top, Quota(MIB)) == [line]
+    go.touch()
+    run_until(loop, lambda: len(changed) == 2)
+    assert quotas.hold(top, Quota(MIB)) == later.hold(top, Quota(MIB)) == []
+    assert said.read_text().splitlines() == [all_of_it, all_of_it, *[itself, limits] * 2]
+
+
+def test_a_tree_that_cannot_join_is_said_once_and_tried_again(says_ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = says_ext4 / "a"
+    said = tools(says_ext4, "echo no projects here >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{says_ext4}/tools:{os.environ['PATH']}")
+    loop, changed = Loop(), []
+    quotas = Quotas(loop, says_ext4 / "quotas.json", lambda: changed.append(1))
+    quotas.hold(top, Quota(MIB))
+    run_until(loop, lambda: changed)
+    (line,) = quotas.hold(top, Quota(MIB))
+    assert "no projects here (mount" in line
+    assert "setquota" not in said.read_text()
+    assert "joins its project first" in quotas.hold(top, Quota(MIB))[0]
+    run_until(loop, lambda: len(changed) == 2)
+
+
+def test_what_the_policy_dropped_while_the_service_was_down_goes(btrfs: Path, tmp_path: Path) -> None:
+    kept, dropped, foreign = (subvolume(btrfs / name) for name in ("kept", "dropped", "foreign"))
+    subprocess.run(["btrfs", "quota", "enable", str(btrfs)], check=True)
+    quota.enforce(foreign, Quota(8 * MIB))  # by hand: not ours to take away
+
+    def limits() -> list[str]:
+        shown = subprocess.run(
+            ["btrfs", "qgroup", "show", "-r", "--raw", btrfs], check=True, capture_output=True, text=True
+        )
+        rows = [line.split() for line in shown.stdout.splitlines()[3:]]
+        return [row[3] for row in rows]
+
+    first = Quotas(Loop(), tmp_path / "state" / "quotas.json", lambda: None)
+    assert first.hold(kept, Quota(16 * MIB)) == first.hold(dropped, Quota(32 * MIB)) == []
+    assert limits() == [f"{16 * MIB}", f"{32 * MIB}", f"{8 * MIB}"]
+    second = Quotas(Loop(), tmp_path / "state" / "quotas.json", lambda: None)
+    second.keep({kept: Quota(16 * MIB)})
+    assert limits() == [f"{16 * MIB}", "none", f"{8 * MIB}"]
+    third = Quotas(Loop(), tmp_path / "state" / "quotas.json", lambda: None)
+    third.keep({})
+    assert limits() == ["none", "none", f"{8 * MIB}"]
+
+
+def test_a_state_that_makes_no_sense_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "quotas.json").write_text("[1]")
+    Quotas(Loop(), tmp_path / "quotas.json", lambda: None).keep({})
+    assert "does not make sense" in caplog.text
+    caplog.clear()
+    Quotas(Loop(), tmp_path / "none.json", lambda: None)
+    assert not caplog.text

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from xen9p import __version__, device, journal, policy, quota, snapshot, workers, xenbus
+from xen9p import __version__, device, journal, policy, quotas, snapshot, workers, xenbus
 from xen9p.blink import Blink
 from xen9p.budget import Budget
 from xen9p.control import (
@@ -131,7 +131,9 @@ class Guest:
 class Supervisor:
     """The one supervisor of a host."""
 
-    def __init__(self, loop: Loop, store: XenStore, zygote: Zygote, rules: Policy, runtime: Path) -> None:
+    def __init__(
+        self, loop: Loop, store: XenStore, zygote: Zygote, rules: Policy, runtime: Path, *, state: Path | None = None
+    ) -> None:
         self.loop = loop
         self.store = store
         self.zygote = zygote
@@ -141,7 +143,7 @@ class Supervisor:
         self.blink = Blink(loop)
         self._watched_fd = -1
         self._resync_timer = 0
-        self._held: dict[Path, tuple[quota.Quota, int, int]] = {}  # quotas that are in force, and of which directory
+        self._quotas = quotas.Quotas(loop, (state or runtime) / quotas.FILE, self._give_all)
 
     # XenStore as a whole.
 
@@ -150,6 +152,7 @@ class Supervisor:
         for special in _DOMAINS:
             self.store.watch(special, special)
         self._follow_store()
+        self._quotas.keep(self.policy.quotas())
         self._adopt()
         self.rescan()
 
@@ -267,19 +270,19 @@ class Supervisor:
     def _hold(self, path: Path) -> list[str]:
         """Has the filesystem enforce a directory's quota, if it has one; what keeps it from that, a line each."""
         most = self.policy.quotas().get(path)
-        if most is None:
-            return []
-        try:
-            found = path.stat()
-            if self._held.get(path) != (held := (most, found.st_dev, found.st_ino)):
-                quota.enforce(path, most)
-                self._held[path] = held
-                log.info("quota of %s: %s", path, most)
-        except OSError as error:
-            return [f"quota of {path}: {error.strerror}"]
-        except Xen9pError as error:
-            return [str(error)]
-        return []
+        return [] if most is None else self._quotas.hold(path, most)
+
+    def _give_all(self) -> None:
+        """What kept guests from an export may be over."""
+
+        def work() -> None:
+            for guest in list(self.guests.values()):
+                for managed in list(guest.devices.values()):
+                    for problem in self._hold(managed.grant.path):
+                        managed.say("error", problem)
+                self.give(guest)
+
+        self.guarded(work)
 
     def _say_once(self, guest: Guest, text: str) -> None:
         if text not in guest.refused:
@@ -680,7 +683,7 @@ class Supervisor:
         log.info("policy reloaded: %d rules", len(self.policy.rules))
         for problem in policy.missing_paths(self.policy):
             log.warning("policy: %s", problem)
-        self._release(old)
+        self._quotas.keep(self.policy.quotas())
         for guest in list(self.guests.values()):
             guest.refused.clear()
             # What somebody took away stays away, unless the policy says something new about it.
@@ -692,16 +695,6 @@ class Supervisor:
         # Last: XenStore may break under it, and that must leave no worker with the old terms.
         for guest in list(self.guests.values()):
             self.give(guest)
-
-    def _release(self, old: Policy) -> None:
-        """Takes quotas away that the policy no longer has; all others are set again."""
-        self._held.clear()
-        for path in old.quotas().keys() - self.policy.quotas().keys():
-            try:
-                quota.enforce(path, quota.Quota())
-                log.info("quota of %s: none any more", path)
-            except Xen9pError as error:
-                log.warning("%s", error)
 
     def _named(self, name: str) -> Guest:
         found = [g for g in self.guests.values() if g.id.name == name or g.id.uuid == name.lower()]

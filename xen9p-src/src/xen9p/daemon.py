@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from xen9p import __version__, journal, policy
+from xen9p import __version__, journal, options, policy
 from xen9p.control import RUNTIME, ControlServer, socket_path
 from xen9p.errors import ControlError, PolicyError, Xen9pError, describe
 from xen9p.loop import Loop
@@ -86,7 +86,7 @@ def run(policy_path: Path, runtime: Path, state: Path) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options of xen9pd; the reference in the documentation is generated from this."""
     parser = argparse.ArgumentParser(prog="xen9pd", description="Serve directories to Xen guests as the policy says.")
-    parser.add_argument("--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s")
+    options.policy_file(parser)
     parser.add_argument(
         "--runtime-dir", type=Path, default=RUNTIME, metavar="DIR", help="sockets; default: %(default)s"
     )

@@ -36,6 +36,7 @@ from xen9p.errors import ControlError, PolicyError, RefusedError, Xen9pError, Xe
 from xen9p.jsonlines import Object
 from xen9p.loop import Loop
 from xen9p.policy import Grant, Policy
+from xen9p.terms import TERMS
 from xen9p.workers import Worker, Zygote
 from xen9p.xenbus import GuestId, NoGuestError, ViolationError
 from xen9p.xenstore import XenStore, XenStoreErrnoError
@@ -49,7 +50,6 @@ COST_REBUILD: Final = 10.0
 STATS_TIMEOUT: Final = 2.0
 RECONNECT: Final = 2.0
 _STATS: Final = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued")
-_TERMS: Final = ("users", "limits")
 _DOMAINS: Final = ("@introduceDomain", "@releaseDomain")
 
 
@@ -614,9 +614,9 @@ class Supervisor:
         managed = Managed(guest, left.devid, left.grant, machine)
         managed.narrowed = left.narrowed
         # Of a worker that is gone nobody knows; then what is safest, until _settle() finds a rule.
-        managed.deaf = found is not None and not found.hello.keys() >= set(_TERMS)
+        managed.deaf = found is not None and not found.hello.keys() >= set(TERMS)
         known = found is not None and not managed.deaf
-        managed.terms = {name: found.hello[name] for name in _TERMS} if found and known else _terms(left.grant)
+        managed.terms = {name: found.hello[name] for name in TERMS} if found and known else _terms(left.grant)
         guest.devices[left.devid] = managed
         if found is not None:
             managed.say("info", f"taken over worker={found.pid}")

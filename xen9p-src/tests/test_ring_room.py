@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import btrfsloop
+import loopmount
 from serving import Session, memory_session
 from xen9p import codec
 from xen9p.dataplane import Limits
@@ -113,11 +113,11 @@ def test_writes_that_wait_for_a_thread_make_room(export: Path) -> None:
     assert (export / "f").read_bytes() == content()
 
 
-@pytest.mark.skipif(bool(btrfsloop.MISSING), reason=btrfsloop.MISSING)
+@pytest.mark.skipif(bool(loopmount.MISSING), reason=loopmount.MISSING)
 def test_writes_that_stand_still_make_room(tmp_path: Path) -> None:
     """The threads are in writes that the filesystem does not let go on."""
     (tmp_path / "export").mkdir()
-    with btrfsloop.mounted(tmp_path) as point:
+    with loopmount.mounted(tmp_path) as point:
         limits = Limits(pool_threads=3)
         with memory_session(point, order=5, limits=limits) as session:
             fid = opened(session)

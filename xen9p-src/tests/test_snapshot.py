@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from btrfsloop import MISSING, mounted, subvolume
+from loopmount import MISSING, mounted, subvolume
 from serving import Session, memory_session
 from xen9p import policy, snapshot, subvolumes
 from xen9p.snapshot import Keep, Snapshot, SnapshotError, Store

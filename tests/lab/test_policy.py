@@ -267,6 +267,28 @@ def test_a_quota_stops_one_guest(dom0: Dom0) -> None:
         dom0.out(f"btrfs quota disable {store}")
 
 
+def test_a_quota_that_goes_while_the_service_is_down(dom0: Dom0) -> None:
+    """The next start takes it away; one that somebody has set by hand stays."""
+    store, terms = "/srv/xen9p", 'quota = {bytes = "8M"}'
+    ours, foreign = f"{store}/.quota-ours", f"{store}/.quota-foreign"
+
+    def most(path: str) -> str:
+        return dom0.out(f"btrfs qgroup show -r -f --raw {path} | tail -1").split()[3]
+
+    dom0.out(f"btrfs quota enable {store} && for p in {ours} {foreign}; do btrfs -q subvolume create $p; done")
+    dom0.out(f"btrfs qgroup limit 4M {foreign}")
+    try:
+        with rules(dom0, rule("g1", "ours", ours, terms), {"g1": "ours"}):
+            wait_until("the quota is in force", lambda: most(ours) == str(8 << 20), 30)
+            dom0.out(
+                f"systemctl stop xen9pd && sed -i 's/^{terms}$//' /etc/xen9p/policy.toml && systemctl start xen9pd"
+            )
+            wait_until("it is gone", lambda: most(ours) == "none", 30)
+            assert most(foreign) == str(4 << 20)
+    finally:
+        dom0.out(f"btrfs -q subvolume delete {ours} {foreign}; btrfs quota disable {store}")
+
+
 def test_a_quota_of_files_and_bytes_on_ext4(dom0: Dom0) -> None:
     folder = "/var/tmp/ext4-quota"
     dom0.out(

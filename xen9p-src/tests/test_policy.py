@@ -244,7 +244,8 @@ def test_groups_of_a_table_and_of_the_host() -> None:
 
 def test_limits_by_the_data_planes_names() -> None:
     found = terms(
-        'limits={fids=1000,requests=32,bytes_in_flight="8M",operations_per_second=500,bytes_per_second=1000000}'
+        'limits={fids=1000,requests=32,bytes_in_flight="8M",operations_per_second=500,bytes_per_second=1000000,'
+        'bytes_in_write="64K"}'
     )
     assert dict(found.limits) == {
         "max_fids": 1000,
@@ -252,6 +253,7 @@ def test_limits_by_the_data_planes_names() -> None:
         "max_bytes": 8 << 20,
         "ops_per_second": 500,
         "bytes_per_second": 1000000,
+        "max_write": 65536,
     }
     assert worker.limits(dict(found.limits)).ops_per_second == 500
     assert worker.limits(dict(terms("").limits)) == worker.limits()

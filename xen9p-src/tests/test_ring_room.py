@@ -17,6 +17,7 @@ import loopmount
 from serving import Session, memory_session
 from xen9p import codec
 from xen9p.dataplane import Limits
+from xen9p.errors import Xen9pError
 from xen9p.transport.memory import OUT_CONS, OUT_PROD, MemoryRing, MemoryRingTransport
 
 PART = 8000  # bytes of each write
@@ -155,3 +156,29 @@ def test_what_is_taken_out_is_bounded(export: Path) -> None:
             assert most // (PART + 50) < put <= most // PART + 1 + ring_of(session).half // PART
         assert answers(session, put + 1) == {1000, *range(put)}
     assert (export / "f").read_bytes() == content(put)
+
+
+def test_what_is_put_into_one_write_can_be_kept_small(export: Path) -> None:
+    """By the iounit of what is opened for writing: clients keep to it. Also while the device serves."""
+    (export / "f").touch()
+    with memory_session(export, order=7, limits=Limits(max_write=20_000)) as session:
+        client, device = session.client, session.served.device
+        full = client.msize - 24 & ~4095
+
+        def units() -> list[int]:
+            found = []
+            for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
+                with client.walked(session.root, b"f") as fid:
+                    found.append(client.lopen(fid, flags))
+            with client.walked(session.root, b"") as fid:
+                found.append(client.lcreate(fid, b"made", os.O_RDWR))
+            (export / "made").unlink()
+            return found
+
+        assert units() == [full, 16384, 16384, 16384]
+        device.set_limits(Limits())
+        assert units() == [full] * 4
+        device.set_limits(Limits(max_write=1 << 20))
+        assert units() == [full] * 4
+    with pytest.raises(Xen9pError, match=r"max_write is 100 \(it is 0, or 4096 or more"):
+        Limits(max_write=100)

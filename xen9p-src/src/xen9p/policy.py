@@ -94,6 +94,7 @@ LIMITS: Final = {
     "bytes_in_flight": "max_bytes",
     "operations_per_second": "ops_per_second",
     "bytes_per_second": "bytes_per_second",
+    "bytes_in_write": "max_write",
 }
 _LEAST: Final = {
     "fids": 16,
@@ -101,6 +102,7 @@ _LEAST: Final = {
     "bytes_in_flight": 1 << 20,
     "operations_per_second": 1,
     "bytes_per_second": 4096,
+    "bytes_in_write": 4096,
 }
 _MOST: Final = {
     "fids": 1 << 18,
@@ -108,6 +110,7 @@ _MOST: Final = {
     "bytes_in_flight": 1 << 31,
     "operations_per_second": 10**9,
     "bytes_per_second": 1 << 40,
+    "bytes_in_write": 1 << 20,
 }
 
 

@@ -412,7 +412,17 @@ static int open_flags(uint32_t wire)
     return (int)(wire & (O_ACCMODE | O_APPEND | O_TRUNC | O_SYNC));
 }
 
-static int reply_open(struct x9_call *call, int fd)
+/* Linux's client keeps its reads and writes to the iounit (net/9p/client.c), so what may be written can be kept small. */
+static uint32_t iounit(const struct x9_dev *dev, uint32_t wire)
+{
+    uint32_t most = dev->msize - X9_IO_HEADER, wanted = __atomic_load_n(&dev->max_write, __ATOMIC_RELAXED);
+
+    if (wanted && wanted < most && (wire & O_ACCMODE) != O_RDONLY)
+        most = wanted;
+    return most & ~(X9_PAGE - 1);
+}
+
+static int reply_open(struct x9_call *call, int fd, uint32_t wire)
 {
     uint8_t qid[13];
     uint32_t format;
@@ -422,7 +432,7 @@ static int reply_open(struct x9_call *call, int fd)
         return err;
     uint8_t *p = reply(call, 17);
     memcpy(p, qid, 13);
-    put32(p + 13, (call->dev->msize - X9_IO_HEADER) & ~(X9_PAGE - 1)); /* iounit */
+    put32(p + 13, iounit(call->dev, wire));
     return 0;
 }
 
@@ -466,7 +476,7 @@ static int h_lopen(struct x9_call *call)
         int io = open_for_io(call, fid->path_fd, fid->format, wire);
         if (io < 0)
             err = io == -EAGAIN && !call->may_block ? X9_LATER : -io;
-        else if ((err = reply_open(call, io)))
+        else if ((err = reply_open(call, io, wire)))
             close(io);
         else
             __atomic_store_n(&fid->io_fd, io, __ATOMIC_RELEASE);
@@ -513,7 +523,7 @@ static int h_lcreate(struct x9_call *call)
         if (path >= 0)
             close(path);
     }
-    int err = io < 0 ? -io : reply_open(call, io);
+    int err = io < 0 ? -io : reply_open(call, io, wire);
     if (err) {
         if (io >= 0)
             close(io);

@@ -315,6 +315,7 @@ struct x9_dev {
     bool stop;  /* everybody out */
     bool drain; /* take nothing new, finish what is here */
     struct x9_bucket ops, bytes;
+    uint32_t max_write; /* atomic; as in x9_limits */
     int64_t held_until; /* the reader's: ns when a message may be taken that may not yet; 0: there is none */
     uint64_t slow_until; /* the reader's: us until which it leaves all writes to the pool */
     struct x9_late *late; /* the reader's */

@@ -385,3 +385,23 @@ def test_a_limit_slows_its_device_and_no_other(dom0: Dom0) -> None:
         assert free < slow
     finally:
         dom0.run("rmdir /srv/xen9p/slow")
+
+
+def test_many_writers_fit_into_a_ring_if_their_writes_are_small(dom0: Dom0) -> None:
+    """16 that begin in one moment: Linux's frontend never wakes who finds a ring full. See docs/troubleshooting.md."""
+    g1, path = connect("g1"), "/srv/xen9p/home/.writers"
+    small = '[rules.limits]\nbytes_in_write = "60K"'
+    write = "head -c 1M /dev/zero | tr '\\0' $i | dd of={}/$i bs=1M iflag=fullblock 2> /dev/null & "
+    letters = "a b c d e f g h i j k l m n o p"
+    dom0.out(f"mkdir -p {path}")
+    try:
+        with (
+            rules(dom0, rule("g1", "writers", path, small), {"g1": "writers"}),
+            in_guest(dom0, "g1", "writers") as there,
+        ):
+            work = f"for i in {letters}; do {write.format(there)} done; wait"
+            assert g1.run(f'timeout -s KILL 120 sh -c "{work.replace("$", chr(92) + "$")}"').rc == 0
+        sums = dom0.out(f"cd {path} && for i in {letters}; do tr -d $i < $i | wc -c; stat -c %s $i; done").split()
+        assert sums == ["0", str(1 << 20)] * 16
+    finally:
+        dom0.out(f"rm -rf {path}")

@@ -248,7 +248,7 @@ static uint32_t size_limit(const struct x9_dev *dev) { return dev->msize ? dev->
  * for room is not woken by our events (net/9p/trans_xen.c). Half of it is room for at least one of the largest messages. */
 static bool is_tight(const struct x9_link *link)
 {
-    return link->kind != X9_STREAM && ring_room(&link->ring) < link->ring.half / 2;
+    return ring_room(&link->ring) < link->ring.half / 2;
 }
 
 /* A Twrite's data is no longer needed where it lies. */

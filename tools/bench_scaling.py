@@ -387,6 +387,7 @@ def main() -> int:
             fids.append(most)
         limit = fids[-1]
         print(f"no more open files are allowed here: up to {limit} fids are measured")
+        print(f"for {given.most}: ulimit -n {given.most + 2 * SPARE_FDS}, by root with CAP_SYS_RESOURCE")
     worker.prepare_process()
     run: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -267,6 +267,28 @@ def test_a_quota_stops_one_guest(dom0: Dom0) -> None:
         dom0.out(f"btrfs quota disable {store}")
 
 
+def test_a_quota_that_goes_while_the_service_is_down(dom0: Dom0) -> None:
+    """The next start takes it away; one that somebody has set by hand stays."""
+    store, terms = "/srv/xen9p", 'quota = {bytes = "8M"}'
+    ours, foreign = f"{store}/.quota-ours", f"{store}/.quota-foreign"
+
+    def most(path: str) -> str:
+        return dom0.out(f"btrfs qgroup show -r -f --raw {path} | tail -1").split()[3]
+
+    dom0.out(f"btrfs quota enable {store} && for p in {ours} {foreign}; do btrfs -q subvolume create $p; done")
+    dom0.out(f"btrfs qgroup limit 4M {foreign}")
+    try:
+        with rules(dom0, rule("g1", "ours", ours, terms), {"g1": "ours"}):
+            wait_until("the quota is in force", lambda: most(ours) == str(8 << 20), 30)
+            dom0.out(
+                f"systemctl stop xen9pd && sed -i 's/^{terms}$//' /etc/xen9p/policy.toml && systemctl start xen9pd"
+            )
+            wait_until("it is gone", lambda: most(ours) == "none", 30)
+            assert most(foreign) == str(4 << 20)
+    finally:
+        dom0.out(f"btrfs -q subvolume delete {ours} {foreign}; btrfs quota disable {store}")
+
+
 def test_a_quota_of_files_and_bytes_on_ext4(dom0: Dom0) -> None:
     folder = "/var/tmp/ext4-quota"
     dom0.out(
@@ -363,3 +385,23 @@ def test_a_limit_slows_its_device_and_no_other(dom0: Dom0) -> None:
         assert free < slow
     finally:
         dom0.run("rmdir /srv/xen9p/slow")
+
+
+def test_many_writers_fit_into_a_ring_if_their_writes_are_small(dom0: Dom0) -> None:
+    """16 that begin in one moment: Linux's frontend never wakes who finds a ring full. See docs/troubleshooting.md."""
+    g1, path = connect("g1"), "/srv/xen9p/home/.writers"
+    small = '[rules.limits]\nbytes_in_write = "60K"'
+    write = "head -c 1M /dev/zero | tr '\\0' $i | dd of={}/$i bs=1M iflag=fullblock 2> /dev/null & "
+    letters = "a b c d e f g h i j k l m n o p"
+    dom0.out(f"mkdir -p {path}")
+    try:
+        with (
+            rules(dom0, rule("g1", "writers", path, small), {"g1": "writers"}),
+            in_guest(dom0, "g1", "writers") as there,
+        ):
+            work = f"for i in {letters}; do {write.format(there)} done; wait"
+            assert g1.run(f'timeout -s KILL 120 sh -c "{work.replace("$", chr(92) + "$")}"').rc == 0
+        sums = dom0.out(f"cd {path} && for i in {letters}; do tr -d $i < $i | wc -c; stat -c %s $i; done").split()
+        assert sums == ["0", str(1 << 20)] * 16
+    finally:
+        dom0.out(f"rm -rf {path}")

@@ -30,12 +30,13 @@ def script(dom0: Dom0) -> Iterator[str]:
 
 
 @contextmanager
-def home_mounted(mode: str) -> Iterator[None]:
+def home_mounted(mode: str, more: str = "") -> Iterator[None]:
     """g1's /home in another cache mode, and then as it was."""
     g1 = connect("g1")
     g1.check_output("umount /home")
     try:
-        g1.check_output(f"mount -t 9p home /home -o rw,trans=xen,version=9p2000.L,msize=524288,cache={mode}")
+        options = f"rw,trans=xen,version=9p2000.L,msize=524288,cache={mode}{',' if more else ''}{more}"
+        g1.check_output(f"mount -t 9p home /home -o {options}")
         yield
     finally:
         g1.check_output("umount /home; mount /home")

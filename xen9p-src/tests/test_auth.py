@@ -353,7 +353,7 @@ def test_attempts_are_limited(export: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with guarded(export) as (client, _), guarded(export) as (other, _):
         wrong = Key("alice", BOB.secret)
         waiting = [answered(client, ALICE), answered(client, wrong)]
-        for _ in range(auth.ATTEMPTS + 1):
+        for _ in range(auth.ATTEMPTS):
             with pytest.raises(AuthError, match="refuses the key"):
                 client.enter(key=wrong)
         for key in (wrong, ALICE):
@@ -363,9 +363,14 @@ def test_attempts_are_limited(export: Path, monkeypatch: pytest.MonkeyPatch) -> 
             with pytest.raises(AuthError, match="too often"), auth.explained(ALICE):
                 client.attach(b"alice", afid=afid)
         other.enter(key=ALICE)
-        later = time.monotonic() + auth.PAUSE + 1
-        monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: later))
-        client.enter(key=ALICE)
+        for times in (1, 2):  # one refusal each time that the pause is over
+            later = time.monotonic() + times * (auth.PAUSE + 0.1)
+            monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda later=later: later))
+            client.enter(key=ALICE)
+            with pytest.raises(AuthError, match="refuses the key"):
+                client.enter(key=wrong)
+            with pytest.raises(AuthError, match="too often"):
+                client.enter(key=ALICE)
 
 
 def test_anything_on_afids_from_two_rings_at_once(export: Path) -> None:

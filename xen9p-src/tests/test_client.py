@@ -62,6 +62,19 @@ def test_connect_agrees_on_version_and_size() -> None:
     assert not script.lines
 
 
+AGREED = (codec.Tversion(8192, b"9P2000.L"), codec.Rversion(4096, b"9P2000.L"))
+NO_TREE = (codec.Tattach(0, codec.NOFID, b"", b"home", 0), codec.Rlerror(errno.ENOENT))
+OTHER = (AGREED[0], codec.Rversion(4096, b"unknown"))
+
+
+@pytest.mark.parametrize("lines", [(OTHER,), (AGREED, NO_TREE)])
+def test_a_connect_that_fails_leaves_nothing_open(lines: tuple[tuple[Message, Message], ...]) -> None:
+    script = Script(*lines)
+    with pytest.raises((OSError, ProtocolError)):
+        Client.connect(script, b"home", 8192)
+    assert script.closed
+
+
 @pytest.mark.parametrize("reply", [codec.Rversion(8192, b"unknown"), codec.Rversion(8193, b"9P2000.L")])
 def test_a_version_that_does_not_fit(reply: Message) -> None:
     with pytest.raises(ProtocolError):

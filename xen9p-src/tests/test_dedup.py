@@ -21,7 +21,7 @@ from uuid import UUID
 
 import pytest
 
-from confined import has_capability
+import loopmount
 from serving import serve_memory
 from xen9p import btrfs, cli, dedup_state, policy
 from xen9p.client import Client
@@ -34,11 +34,7 @@ from xen9p.transport.memory import MemoryRingTransport
 KIB, MIB = 1 << 10, 1 << 20
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 PROGRAM = [sys.executable, "-c", "import sys; from xen9p.cli import main; sys.exit(main())", "dedup"]
-pytestmark = [
-    pytest.mark.skipif(not has_capability(21), reason="mounting takes CAP_SYS_ADMIN"),
-    pytest.mark.skipif(not Path("/dev/loop-control").exists(), reason="there are no loop devices"),
-    pytest.mark.skipif(shutil.which("mkfs.btrfs", path="/usr/sbin:/sbin:/usr/bin") is None, reason="no btrfs-progs"),
-]
+pytestmark = pytest.mark.skipif(bool(loopmount.MISSING), reason=loopmount.MISSING)
 
 
 class Lab:
@@ -50,22 +46,17 @@ class Lab:
         self.random = random.Random(9)
         self.exports: dict[str, Path] = {}
         self.is_mounted = False
-        with self.image.open("wb") as file:
-            file.truncate(mebibytes * MIB)
         self.store.mkdir()
         self.policy.write_text("version = 1\n")
-        subprocess.run(["mkfs.btrfs", "-q", str(self.image)], check=True, capture_output=True)
+        loopmount.new_image(self.image, mib=mebibytes)
 
     def mount(self) -> None:
-        command = ["mount", "-o", "loop,noatime", str(self.image), str(self.store)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"btrfs cannot be mounted here: {done.stderr.strip()}")
+        loopmount.mount(self.image, self.store)
         self.is_mounted = True
 
     def umount(self) -> None:
         if self.is_mounted:
-            subprocess.run(["umount", self.store], check=True)
+            loopmount.unmount(self.store)
             self.is_mounted = False
 
     def check(self) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from confined import has_capability
+from loopmount import NO_MOUNTS, mounted, tools, unmount
 from observed import Host, host
 from serving import memory_session
 from xen9p import blocktrace, cli, disk_path, extents, file_path, in_root, path
@@ -32,10 +33,7 @@ from xen9p.path import Point, Way
 MIB = 1 << 20
 CORRUPTED = 25
 BLOCK = 4096
-root_only = [
-    pytest.mark.skipif(not has_capability(21), reason="mounting takes CAP_SYS_ADMIN"),
-    pytest.mark.skipif(not Path("/dev/loop-control").exists(), reason="there are no loop devices"),
-]
+root_only = pytest.mark.skipif(bool(NO_MOUNTS), reason=NO_MOUNTS)
 
 
 class Store:
@@ -51,12 +49,6 @@ class Store:
     def children(self, path: str) -> list[str]:
         start = f"{path}/"
         return sorted({node.removeprefix(start).split("/")[0] for node in self.nodes if node.startswith(start)})
-
-
-def tools(*names: str) -> None:
-    for name in names:
-        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
-            pytest.skip(f"{name} is not installed")
 
 
 def run(*command: str | Path) -> str:
@@ -107,31 +99,10 @@ def loop(image: Path, *options: str) -> Iterator[str]:
         subprocess.run(["losetup", "-d", device], check=True)
 
 
-def unmount(point: Path) -> None:
-    """Also when a server that has just been closed is not yet done with it."""
-    for _ in range(50):
-        if subprocess.run(["umount", point], check=False, capture_output=True).returncode == 0:
-            return
-        time.sleep(0.1)
-    subprocess.run(["umount", "--lazy", point], check=True)
-
-
 @contextmanager
 def filesystem(folder: Path, *make: str, options: str = "noatime") -> Iterator[Mounted]:
-    tools(make[0], "losetup")
-    image, point = folder / "image", folder / "m"
-    with image.open("wb") as file:
-        file.truncate(500 * MIB)
-    point.mkdir()
-    with loop(image) as device:
-        run(*make, device)
-        done = subprocess.run(["mount", "-o", options, device, point], check=False, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"cannot be mounted here: {done.stderr.strip()}")
-        try:
-            yield Mounted(point, image, device)
-        finally:
-            unmount(point)
+    with mounted(folder, make, options, mib=500) as point:
+        yield Mounted(point, folder / "image", run("findmnt", "-no", "SOURCE", point).strip())
 
 
 @pytest.fixture

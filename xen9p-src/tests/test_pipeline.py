@@ -343,7 +343,8 @@ def test_errors_are_the_servers(export: Path) -> None:
 def test_a_frontend_that_dies_is_noticed(export: Path) -> None:
     """The kernel of a dead frontend clears the order's byte and sends an event: the worker has nothing to wait for."""
     with serve_memory(export) as (rings, served):
-        Client.connect(MemoryRingTransport(rings[0]))
+        client, _ = Client.connect(MemoryRingTransport(rings[0]))
         rings[0].write_index(RING_ORDER, 0)
         rings[0].wake_backend()
         assert served.join() == Verdict.HANGUP
+        client.close()

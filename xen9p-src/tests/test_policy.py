@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import uuid
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xen9p import auth, cli, policy, quota, worker
+from xen9p import auth, cli, explain, policy, quota, users, worker
 from xen9p.errors import PolicyError
 from xen9p.policy import Grant
 from xen9p.quota import Quota, parse_size, size_text
@@ -243,7 +244,8 @@ def test_groups_of_a_table_and_of_the_host() -> None:
 
 def test_limits_by_the_data_planes_names() -> None:
     found = terms(
-        'limits={fids=1000,requests=32,bytes_in_flight="8M",operations_per_second=500,bytes_per_second=1000000}'
+        'limits={fids=1000,requests=32,bytes_in_flight="8M",operations_per_second=500,bytes_per_second=1000000,'
+        'bytes_in_write="64K"}'
     )
     assert dict(found.limits) == {
         "max_fids": 1000,
@@ -251,6 +253,7 @@ def test_limits_by_the_data_planes_names() -> None:
         "max_bytes": 8 << 20,
         "ops_per_second": 500,
         "bytes_per_second": 1000000,
+        "max_write": 65536,
     }
     assert worker.limits(dict(found.limits)).ops_per_second == 500
     assert worker.limits(dict(terms("").limits)) == worker.limits()
@@ -418,3 +421,17 @@ def test_a_rule_with_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [one.keys for one in both] == [keys, keys], "what is shown of the past wants the same key"
     assert cli.main(["policy", "explain", "g1", "--policy", str(path)]) == 0
     assert f"keys      one of {keys} has to be proved" in capsys.readouterr().out
+
+
+def test_too_many_groups_of_the_host_are_said_by_policy_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stop no start: only the grants of that rule wait."""
+    file = tmp_path / "policy.toml"
+    rule = 'guest = "g"\nexport = "e"\ngroups = "host"\n'
+    file.write_text(f'version = 1\n[exports.e]\npath = "{tmp_path}"\n[[rules]]\n{rule}')
+    policy.load(file, check_paths=True)
+    monkeypatch.setattr(users, "MOST_NUMBERS", 0)
+    rules = policy.load(file, check_paths=False)
+    line = "rule 1: groups: the host has more than 0 users and groups (list groups in the policy)"
+    with pytest.raises(PolicyError, match=re.escape(line)):
+        policy.load(file, check_paths=True)
+    assert explain.explain(rules, "g", "")["gets"][0]["problems"] == [line]

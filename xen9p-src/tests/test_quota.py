@@ -4,60 +4,39 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from confined import confined_session, has_capability
+from confined import confined_session
+from loopmount import NO_MOUNTS, mounted, subvolume, tools
 from xen9p import policy, quota
 from xen9p.client import Client
 from xen9p.errors import PolicyError, Xen9pError
+from xen9p.loop import Loop
 from xen9p.quota import Quota
+from xen9p.quotas import Quotas
 
 MIB = 1 << 20
-pytestmark = [
-    pytest.mark.skipif(not has_capability(21), reason="mounting takes CAP_SYS_ADMIN"),
-    pytest.mark.skipif(not Path("/dev/loop-control").exists(), reason="there are no loop devices"),
-]
-
-
-@contextmanager
-def mounted(folder: Path, make: list[str], options: str, tools: tuple[str, ...]) -> Iterator[Path]:
-    """A new filesystem in a file, mounted."""
-    missing = [
-        tool for tool in (*tools, make[0]) if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
-    ]
-    if missing:
-        pytest.skip(f"{missing[0]} is not installed")
-    image, point = folder / "image", folder / "point"
-    with image.open("wb") as file:
-        file.truncate(500 * MIB)
-    point.mkdir()
-    subprocess.run([*make, str(image)], check=True, capture_output=True)
-    done = subprocess.run(["mount", "-o", f"loop,{options}", image, point], check=False, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield point
-    finally:
-        subprocess.run(["umount", point], check=True)
+pytestmark = pytest.mark.skipif(bool(NO_MOUNTS), reason=NO_MOUNTS)
 
 
 @pytest.fixture
 def btrfs(tmp_path: Path) -> Iterator[Path]:
-    with mounted(tmp_path, ["mkfs.btrfs", "-q"], "noatime", ("btrfs",)) as point:
+    tools("btrfs")
+    with mounted(tmp_path) as point:
         yield point
 
 
 @pytest.fixture
 def ext4(tmp_path: Path) -> Iterator[Path]:
-    with mounted(
-        tmp_path, ["mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota"], "prjquota", ("setquota",)
-    ) as point:
+    tools("setquota")
+    make = ("mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota")
+    with mounted(tmp_path, make, "prjquota") as point:
         yield point
 
 
@@ -71,11 +50,6 @@ def fill(client: Client, root: int, name: bytes, mib: int) -> int:
     except OSError as error:
         return error.errno or 0
     return 0
-
-
-def subvolume(path: Path) -> Path:
-    subprocess.run(["btrfs", "subvolume", "create", str(path)], check=True, capture_output=True)
-    return path
 
 
 def test_btrfs(btrfs: Path) -> None:
@@ -196,7 +170,7 @@ def says_ext4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def tools(folder: Path, chattr: str) -> Path:
+def pretended(folder: Path, chattr: str) -> Path:
     """Tools in a directory that say what they were asked for in a file."""
     (folder / "tools").mkdir()
     for name, work in (("chattr", chattr), ("setquota", "")):
@@ -206,7 +180,7 @@ def tools(folder: Path, chattr: str) -> Path:
 
 
 def test_limits_that_would_bound_nothing_are_not_set(says_ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = tools(says_ext4, "echo no projects here >&2; exit 1")
+    said = pretended(says_ext4, "echo no projects here >&2; exit 1")
     monkeypatch.setenv("PATH", f"{says_ext4}/tools:{os.environ['PATH']}")
     with pytest.raises(Xen9pError, match=r"no projects here \(mount .* with prjquota; ext4 takes tune2fs"):
         quota.enforce(says_ext4 / "a", Quota(MIB))
@@ -216,7 +190,7 @@ def test_limits_that_would_bound_nothing_are_not_set(says_ext4: Path, monkeypatc
 def test_a_tree_joins_its_project_once_and_as_a_whole(says_ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest's tree is gone through once, and not at each reload; one that took too long counts as not done."""
     top = says_ext4 / "a"
-    said = tools(says_ext4, 'case "$1" in -R) exec sleep 9;; esac')
+    said = pretended(says_ext4, 'case "$1" in -R) exec sleep 9;; esac')
     monkeypatch.setenv("PATH", f"{says_ext4}/tools:{os.environ['PATH']}")
     monkeypatch.setattr(quota, "TIMEOUT", 0.5)
     with pytest.raises(Xen9pError, match="timed out"):
@@ -237,3 +211,86 @@ def test_a_quota_within_another_is_said(says_ext4: Path) -> None:
     assert quota.problems({above: Quota(MIB), says_ext4 / "gone": Quota(MIB)}) == [
         f"quota of {says_ext4}/gone: No such file or directory (create it or correct the path)"
     ]
+
+
+# Those that the service has in force.
+
+
+def run_until(loop: Loop, holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        loop.after(0.01, lambda: None)
+        loop.step()
+
+
+def test_a_large_tree_joins_while_others_are_served(says_ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hold() returns at once, and says when it holds. One that was cut off begins again."""
+    top, go = says_ext4 / "a", says_ext4 / "go"
+    said = pretended(says_ext4, f'case "$1" in -R) while [ ! -e {go} ]; do sleep 0.02; done;; esac')
+    monkeypatch.setenv("PATH", f"{says_ext4}/tools:{os.environ['PATH']}")
+    number = quota.project_of(top)
+    all_of_it, itself = f"chattr -R -f +P -p {number} {top}", f"chattr +P -p {number} {top}"
+    limits = f"setquota -P {number} 0 1024 0 0 {says_ext4}"
+    loop, changed = Loop(), []
+    quotas = Quotas(loop, says_ext4 / "quotas.json", lambda: changed.append(1))
+    for _ in range(2):
+        (line,) = quotas.hold(top, Quota(MIB))
+        assert "joins its project first" in line
+    run_until(loop, said.exists)
+    assert not changed
+    monkeypatch.setattr(quota, "joined", lambda *_: True)  # the top comes first
+    later = Quotas(loop, says_ext4 / "quotas.json", lambda: changed.append(2))  # after the host has crashed
+    later.keep({top: Quota(MIB)})
+    assert later.hold(top, Quota(MIB)) == [line]
+    go.touch()
+    run_until(loop, lambda: len(changed) == 2)
+    assert quotas.hold(top, Quota(MIB)) == later.hold(top, Quota(MIB)) == []
+    assert said.read_text().splitlines() == [all_of_it, all_of_it, *[itself, limits] * 2]
+
+
+def test_a_tree_that_cannot_join_is_said_once_and_tried_again(says_ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = says_ext4 / "a"
+    said = pretended(says_ext4, "echo no projects here >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{says_ext4}/tools:{os.environ['PATH']}")
+    loop, changed = Loop(), []
+    quotas = Quotas(loop, says_ext4 / "quotas.json", lambda: changed.append(1))
+    quotas.hold(top, Quota(MIB))
+    run_until(loop, lambda: changed)
+    (line,) = quotas.hold(top, Quota(MIB))
+    assert "no projects here (mount" in line
+    assert "setquota" not in said.read_text()
+    assert "joins its project first" in quotas.hold(top, Quota(MIB))[0]
+    run_until(loop, lambda: len(changed) == 2)
+
+
+def test_what_the_policy_dropped_while_the_service_was_down_goes(btrfs: Path, tmp_path: Path) -> None:
+    kept, dropped, foreign = (subvolume(btrfs / name) for name in ("kept", "dropped", "foreign"))
+    subprocess.run(["btrfs", "quota", "enable", str(btrfs)], check=True)
+    quota.enforce(foreign, Quota(8 * MIB))  # by hand: not ours to take away
+
+    def limits() -> list[str]:
+        shown = subprocess.run(
+            ["btrfs", "qgroup", "show", "-r", "--raw", btrfs], check=True, capture_output=True, text=True
+        )
+        rows = [line.split() for line in shown.stdout.splitlines()[3:]]
+        return [row[3] for row in rows]
+
+    first = Quotas(Loop(), tmp_path / "state" / "quotas.json", lambda: None)
+    assert first.hold(kept, Quota(16 * MIB)) == first.hold(dropped, Quota(32 * MIB)) == []
+    assert limits() == [f"{16 * MIB}", f"{32 * MIB}", f"{8 * MIB}"]
+    second = Quotas(Loop(), tmp_path / "state" / "quotas.json", lambda: None)
+    second.keep({kept: Quota(16 * MIB)})
+    assert limits() == [f"{16 * MIB}", "none", f"{8 * MIB}"]
+    third = Quotas(Loop(), tmp_path / "state" / "quotas.json", lambda: None)
+    third.keep({})
+    assert limits() == ["none", "none", f"{8 * MIB}"]
+
+
+def test_a_state_that_makes_no_sense_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "quotas.json").write_text("[1]")
+    Quotas(Loop(), tmp_path / "quotas.json", lambda: None).keep({})
+    assert "does not make sense" in caplog.text
+    caplog.clear()
+    Quotas(Loop(), tmp_path / "none.json", lambda: None)
+    assert not caplog.text

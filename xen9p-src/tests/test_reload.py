@@ -102,6 +102,7 @@ class Recorder:
     """Stands for a worker: remembers what it is told."""
 
     pid = 1
+    refusal = ""
 
     def __init__(self) -> None:
         self.told: list[dict[str, Any]] = []
@@ -248,6 +249,31 @@ def test_a_device_is_made_anew_as_it_was_if_its_groups_are_too_many(
     assert "is made anew as it was: the host has more than 0 users and groups" in caplog.text
 
 
+def test_terms_that_are_not_taken_are_in_the_status(
+    attached: tuple[Supervisor, Managed, Recorder, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor, managed, _, file = attached
+
+    def shown() -> str:
+        host = {"xen": "", "version": "", "pid": 1, "policy": "", "rules": 1}
+        text = status_text({"host": host, "guests": [], "devices": [_device_status(managed)]})
+        return "".join(line for line in text.splitlines() if line.startswith("problem"))
+
+    worker = managed.worker = Worker(Loop(), tmp_path / "worker.sock", lambda: None, lambda *_: None)
+    managed.worker.stats = Recorder().stats
+    worker._received({"event": "settled", "problem": "there is no limit called max_apples"})
+    assert shown() == "problem g1 home: keeps its terms: there is no limit called max_apples"
+    worker._received({"event": "settled", "problem": ""})
+    assert shown() == ""
+    write(file, 'groups = "host"')
+    with monkeypatch.context() as few:
+        few.setattr(users, "MOST_NUMBERS", 0)
+        supervisor.reload()
+    assert "keeps its terms: the host has more than 0 users and groups" in shown()
+    supervisor.reload()
+    assert shown() == ""
+
+
 def test_the_last_terms_count_if_the_worker_is_not_there_yet(tmp_path: Path) -> None:
     worker = Worker(Loop(), tmp_path / "worker.sock", lambda: None, lambda *_: None)
     worker.map([])
@@ -288,6 +314,7 @@ def test_a_quota_that_cannot_be_had_keeps_the_export_back(
             raise Xen9pError("no quotas here", "have some")
 
     monkeypatch.setattr(quota, "enforce", enforce)
+    monkeypatch.setattr(quota, "joining", lambda *_, **__: [])
     supervisor.reload()
     assert tags == ["gone"]
     assert "tag=here not attached: no quotas here (have some)" in caplog.text

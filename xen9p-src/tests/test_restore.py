@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from btrfsloop import MISSING, mounted
+from loopmount import MISSING, mounted
 from serving import memory_session
 from test_snapshot import home, store_of, take  # noqa: F401 - a fixture
 from xen9p import restore

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from btrfsloop import MISSING, mounted, subvolume
+from loopmount import MISSING, mounted, subvolume
 from serving import Session, memory_session
 from xen9p import policy, snapshot, subvolumes
 from xen9p.snapshot import Keep, Snapshot, SnapshotError, Store
@@ -317,7 +317,7 @@ def test_killed_while_a_tree_is_exchanged_it_is_the_old_one_or_the_new(home: Pat
 
 def test_a_store_that_is_really_full(tmp_path: Path) -> None:
     """One line or a whole snapshot, and what was there is there."""
-    with mounted(tmp_path, 120) as small:
+    with mounted(tmp_path, mib=120) as small:
         home = subvolume(small / "home")
         (home / "f").write_text("kept")
         take(home, "old")

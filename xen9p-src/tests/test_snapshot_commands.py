@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from btrfsloop import MISSING, mounted, subvolume
+from loopmount import MISSING, mounted, subvolume
 from serving import Session, memory_session
 from test_flush import gated_mkdir, receive, send
 from test_rates import until

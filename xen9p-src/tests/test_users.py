@@ -18,7 +18,7 @@ import pytest
 from confined import child, confined_session, has_capability, needs_admin
 from serving import memory_session
 from test_xattr import get, put, refused
-from xen9p import codec
+from xen9p import codec, sandbox
 from xen9p._dataplane import lib
 from xen9p.client import Client
 from xen9p.dataplane import DataPlane, Limits
@@ -716,6 +716,24 @@ def test_who_may_not_act_as_others_says_so(export: Path) -> None:
 
     with child(work) as (_, result):
         assert result() == "cannot act as the guest's users (run it as root, or with checks by the guest)"
+
+
+def test_an_identity_that_was_not_taken_does_nothing(export: Path) -> None:
+    """setfsuid(2) says nothing of failing: what follows would be done as root."""
+
+    def work() -> str:
+        device = DataPlane(os.open(export, os.O_RDONLY), False, users=CHECKED)
+        lib.x9_keep_capabilities()
+        lib.x9_drop_capabilities(sum(1 << n for name, n in sandbox.CAPABILITIES.items() if name != "setuid"))
+        try:
+            with device.acting(ALICE):
+                status = Path("/proc/thread-self/status").read_text()
+                return f"went on as {status.partition('Uid:')[2].split()[3]}"
+        except PermissionError:
+            return "refused"
+
+    with child(work) as (_, result):
+        assert result() == "refused"
 
 
 def test_groups_in_the_hosts_numbers() -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from . import vm
 from .errors import TestbedError
-from .image import DISK, EPOCH, HASH_SEED, UUID, ImageSpec, _bootstrap, _run, die_with_parent
+from .image import DISK, EPOCH, HASH_SEED, UUID, ImageSpec, _bootstrap, _run, die_with_parent, make_tree
 from .manifest import write
 from .progress import Progress
 
@@ -45,7 +45,9 @@ class DiskSpec(ImageSpec):
 
     def inputs(self) -> dict[str, Any]:
         """Return everything that decides what is on the disk."""
-        code = "".join(inspect.getsource(part) for part in (_fill, _make_disk, _install, _bootstrap)) + SCRIPT
+        code = (
+            "".join(inspect.getsource(part) for part in (_fill, make_tree, _make_disk, _install, _bootstrap)) + SCRIPT
+        )
         return {**super().inputs(), "builder": hashlib.sha256(code.encode()).hexdigest()[:12]}
 
     def fill(self, work: Path, progress: Progress) -> None:
@@ -54,13 +56,7 @@ class DiskSpec(ImageSpec):
 
 
 def _fill(work: Path, spec: DiskSpec, progress: Progress) -> None:
-    tree = work / "tree"
-    progress.step("disk image: fetching packages")
-    _bootstrap(tree, spec, progress)
-    progress.step("disk image: tidying the tree")
-    for path in [*tree.glob("etc/ssh/ssh_host_*"), tree / "etc/machine-id", tree / "var/lib/dbus/machine-id"]:
-        path.unlink(missing_ok=True)
-    (tree / "etc/machine-id").touch()
+    tree = make_tree(work, spec, progress, "disk image")
     script = tree / SETUP.lstrip("/")
     script.write_text(SCRIPT)
     script.chmod(0o755)

@@ -50,7 +50,7 @@ class ImageSpec:
 
     def inputs(self) -> dict[str, Any]:
         """Return everything that decides what is in the image: where it comes from does not, by intent."""
-        code = "".join(inspect.getsource(part) for part in (_fill, _bootstrap, _take_boot_files))
+        code = "".join(inspect.getsource(part) for part in (_fill, make_tree, _bootstrap, _take_boot_files))
         return {
             "builder": hashlib.sha256(code.encode()).hexdigest()[:12],
             "excludes": list(self.excludes),
@@ -105,14 +105,7 @@ def _build(cache: Path, target: Path, spec: ImageSpec, progress: Progress) -> No
 
 
 def _fill(work: Path, spec: ImageSpec, progress: Progress) -> None:
-    tree = work / "tree"
-    progress.step("host image: fetching packages")
-    _bootstrap(tree, spec, progress)
-    progress.step("host image: tidying the tree")
-    for path in [*tree.glob("etc/ssh/ssh_host_*"), tree / "etc/machine-id", tree / "var/lib/dbus/machine-id"]:
-        path.unlink(missing_ok=True)
-    # Empty rather than "uninitialized": an id is drawn at boot, but no first-boot presets are applied.
-    (tree / "etc/machine-id").touch()
+    tree = make_tree(work, spec, progress, "host image")
     _take_boot_files(tree, work)
     progress.step("host image: making the filesystem")
     disk = work / DISK
@@ -124,6 +117,19 @@ def _fill(work: Path, spec: ImageSpec, progress: Progress) -> None:
     progress.step("host image: removing the tree")
     shutil.rmtree(tree)
     manifest.write(work, spec.inputs(), steps=progress.steps)
+
+
+def make_tree(work: Path, spec: ImageSpec, progress: Progress, what: str) -> Path:
+    """Make a machine's tree in the directory *work*, without what each machine has to have for itself; return it."""
+    tree = work / "tree"
+    progress.step(f"{what}: fetching packages")
+    _bootstrap(tree, spec, progress)
+    progress.step(f"{what}: tidying the tree")
+    for path in [*tree.glob("etc/ssh/ssh_host_*"), tree / "etc/machine-id", tree / "var/lib/dbus/machine-id"]:
+        path.unlink(missing_ok=True)
+    # Empty rather than "uninitialized": an id is drawn at boot, but no first-boot presets are applied.
+    (tree / "etc/machine-id").touch()
+    return tree
 
 
 def _bootstrap(tree: Path, spec: ImageSpec, progress: Progress) -> None:

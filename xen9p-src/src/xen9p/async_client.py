@@ -76,7 +76,7 @@ class AsyncClient:
         n_uname: int = 0,
         key: Key | None = None,
     ) -> tuple[AsyncClient, int]:
-        """A client with its version agreed, and the root fid of the tree named aname.
+        """A client with its version agreed, and the tree aname's root fid. If that fails the transport is closed.
 
         Raises:
             AuthError: the server wants a key, refuses this one, or wants none.

@@ -111,9 +111,8 @@ class Authenticator:
         """Counts a refusal. Raises OSError, EKEYREJECTED."""
         with self._lock:
             now = time.monotonic()
-            wait = self._budget.take(1.0, now)
-            if wait:
-                self._closed_until = now + wait
+            self._budget.take(1.0, now)
+            self._closed_until = now + self._budget.wait(1.0, now)  # there is none but for the next one
         raise OSError(errno.EKEYREJECTED, os.strerror(errno.EKEYREJECTED))
 
     def _check_open(self) -> None:

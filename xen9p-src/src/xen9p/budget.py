@@ -19,9 +19,13 @@ class Budget:
 
     def take(self, cost: float, now: float) -> float:
         """Takes cost and returns 0, or takes nothing and returns the seconds to wait for it."""
+        wait = self.wait(cost, now)
+        if not wait:
+            self._tokens -= cost
+        return wait
+
+    def wait(self, cost: float, now: float) -> float:
+        """The seconds until there is enough for cost; takes nothing."""
         self._tokens = min(self._burst, self._tokens + (now - self._last) * self._rate)
         self._last = now
-        if self._tokens >= cost:
-            self._tokens -= cost
-            return 0.0
-        return (min(cost, self._burst) - self._tokens) / self._rate
+        return max(0.0, (min(cost, self._burst) - self._tokens) / self._rate)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from xen9p import __version__, auth, control, dedup_options, file_options, policy, snapshot_options
+from xen9p import __version__, auth, control, dedup_options, file_options, options, policy, snapshot_options
 from xen9p.errors import Xen9pError
 
 EXIT_USAGE: Final = 2
@@ -75,9 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("guest", metavar="GUEST", help="its name")
     explain.add_argument("--uuid", default="", metavar="UUID", help="for the rules that name one")
-    explain.add_argument(
-        "--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s"
-    )
+    options.policy_file(explain)
     explain.add_argument("--json", action="store_true", help="as one JSON object")
 
     snapshot_options.add(commands, _runtime)
@@ -437,6 +435,11 @@ def status_text(answer: dict[str, Any]) -> str:
     if rows:
         lines += ["", *table([_HEAD, *rows], right=6)]
     lines += [f"failed  {d['guest']} {d['tag']}: {d['reason']}" for d in answer["devices"] if d["phase"] == "failed"]
+    lines += [
+        f"problem {d['guest']} {d['tag']}: keeps its terms: {d['problem']}"
+        for d in answer["devices"]
+        if d.get("problem")
+    ]
     lines += [
         f"pending {d['guest']} {d['tag']}: at its next attach: {d['pending']}"
         for d in answer["devices"]

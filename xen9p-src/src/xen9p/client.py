@@ -95,14 +95,18 @@ class Client:
         n_uname: int = 0,
         key: Key | None = None,
     ) -> tuple[Client, int]:
-        """A client with its version agreed, and the root fid of the tree named aname.
+        """A client with its version agreed, and the tree aname's root fid. If that fails the transport is closed.
 
         Raises:
             AuthError: the server wants a key, refuses this one, or wants none.
         """
         client = cls(transport, msize)
-        client.version()
-        return client, client.enter(aname, n_uname, key)
+        try:
+            client.version()
+            return client, client.enter(aname, n_uname, key)
+        except BaseException:
+            client.close()
+            raise
 
     def close(self) -> None:
         """Ends the session; the server forgets its fids."""

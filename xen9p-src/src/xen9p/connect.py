@@ -72,10 +72,4 @@ class Place:
 
     def client(self, tag: str) -> tuple[Client, int]:
         """A client and the root's fid, attached as the user who runs this."""
-        client = Client(self.transport(tag))
-        try:
-            client.version()
-            return client, client.enter(self.aname, os.getuid(), self.key)
-        except BaseException:
-            client.close()
-            raise
+        return Client.connect(self.transport(tag), self.aname, n_uname=os.getuid(), key=self.key)

@@ -11,11 +11,12 @@ import signal
 import sys
 from pathlib import Path
 
-from xen9p import __version__, journal, policy
+from xen9p import __version__, journal, options, policy
 from xen9p.control import RUNTIME, ControlServer, socket_path
 from xen9p.errors import ControlError, PolicyError, Xen9pError, describe
 from xen9p.loop import Loop
 from xen9p.notify import notify, reloading
+from xen9p.quotas import STATE
 
 log = logging.getLogger("xen9pd")
 
@@ -36,7 +37,7 @@ def lock(runtime: Path) -> int:
     return fd
 
 
-def run(policy_path: Path, runtime: Path) -> int:
+def run(policy_path: Path, runtime: Path, state: Path) -> int:
     """The service, until it is told to end. Workers stay; the next supervisor takes them over."""
     # A missing path keeps its own grants back and not the service: after a reboot of the host, every guest's root
     # waits for this.
@@ -55,7 +56,7 @@ def run(policy_path: Path, runtime: Path) -> int:
     # Before all else: the zygote must inherit nothing, and no thread may exist.
     zygote = Zygote(loop)
     store = XenStore()
-    supervisor = Supervisor(loop, store, zygote, rules, runtime)
+    supervisor = Supervisor(loop, store, zygote, rules, runtime, state=state)
     supervisor.start()
     control = ControlServer(loop, socket_path(runtime), supervisor.handle, supervisor.blink.hung_up)
 
@@ -85,9 +86,16 @@ def run(policy_path: Path, runtime: Path) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options of xen9pd; the reference in the documentation is generated from this."""
     parser = argparse.ArgumentParser(prog="xen9pd", description="Serve directories to Xen guests as the policy says.")
-    parser.add_argument("--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s")
+    options.policy_file(parser)
     parser.add_argument(
         "--runtime-dir", type=Path, default=RUNTIME, metavar="DIR", help="sockets; default: %(default)s"
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        default=STATE,
+        metavar="DIR",
+        help="outlives a restart of the host; default: %(default)s",
     )
     parser.add_argument("--version", action="version", version=f"xen9pd {__version__}")
     return parser
@@ -98,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     journal.set_up("xen9pd")
     try:
-        return run(args.policy, args.runtime_dir)
+        return run(args.policy, args.runtime_dir, args.state_dir)
     except Xen9pError as error:
         for line in str(error).splitlines():
             print(f"xen9pd: error: {line}", file=sys.stderr)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p import policy
+from xen9p import options
 from xen9p.quota import parse_size
 
 STATE: Final = Path("/var/lib/xen9p/dedup")
@@ -64,9 +64,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def _places(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s"
-    )
+    options.policy_file(command)
     command.add_argument(
         "--state-dir", type=Path, default=STATE, metavar="DIR", help="journal and index; default: %(default)s"
     )

@@ -44,7 +44,8 @@ def _only_case(rule: Rule, guest: str) -> bool:
 def _given(rules: Policy, rule: Rule) -> dict[str, Any]:
     grant = rules.grant(rule)
     most = rules.quotas().get(grant.path)
-    problems = policy.path_problems(policy.Export(grant.export, grant.path)) + policy.key_problems(rule)
+    problems = policy.path_problems(policy.Export(grant.export, grant.path))
+    problems += policy.key_problems(rule) + policy.group_problems(rule)
     if not problems and rule.snapshots:
         try:
             snapshot.check_export(rule.export, grant.path)

@@ -19,12 +19,11 @@ from xen9p import codec
 from xen9p.attributes import Attributes
 from xen9p.connect import Place
 from xen9p.errors import Xen9pError
+from xen9p.meter import Meter
 from xen9p.requests import split
 from xen9p.sides import Copier, LocalSide, RemoteSide, Side
 
 _READ: Final = 1 << 20
-_SHOW_AFTER: Final = 1.0  # seconds that a copy has to take before its progress is shown
-_SHOW_EVERY: Final = 0.2
 _FATAL: Final = (errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT)
 _UNITS: Final = ("", "K", "M", "G", "T")
 
@@ -333,44 +332,33 @@ def _cp(session: _Session, args: argparse.Namespace) -> None:
     if len(args.sources) > 1 and not target.stat(new).is_dir:
         raise Xen9pError(f"{args.target} is no directory", hint="several sources need one", errno=errno.ENOTDIR)
     for text in args.sources:
-        with session.each(), _Meter(text, args.quiet) as meter:
+        with session.each(), Meter(quiet=args.quiet) as meter:
             source, old = place(text)
-            if not args.quiet and not args.recursive and sys.stderr.isatty():
-                meter.total = source.stat(old).size
+            copied = _Copied(text, meter)
+            if meter.shows and not args.recursive:
+                copied.total = source.stat(old).size
             path = _inside(target, new, old)
-            copier = Copier(source, target, args.recursive, args.preserve, meter.moved)
+            copier = Copier(source, target, args.recursive, args.preserve, copied.moved)
             copier.copy(old, path)
 
 
-class _Meter:
-    """Shows on a terminal how far a long copy is."""
+class _Copied:
+    """How far a copy is, for a meter."""
 
-    def __init__(self, name: str, quiet: bool) -> None:
+    def __init__(self, name: str, meter: Meter) -> None:
         self.total = 0
         self._name = name
-        self._show = not quiet and sys.stderr.isatty()
+        self._meter = meter
         self._done = 0
-        self._began = time.monotonic()
-        self._next = self._began + _SHOW_AFTER
-        self._shown = False
-
-    def __enter__(self) -> _Meter:
-        return self
 
     def moved(self, count: int) -> None:
         """So many bytes more."""
         self._done += count
-        now = time.monotonic()
-        if self._show and now >= self._next:
-            self._next = now + _SHOW_EVERY
-            self._shown = True
-            share = f" of {human(self.total)}, {100 * self._done / self.total:.0f}%" if self.total else ""
-            rate = human(self._done / (now - self._began))
-            print(f"\r\x1b[K{self._name}: {human(self._done)}{share}, {rate}/s", end="", file=sys.stderr, flush=True)
+        self._meter.show(self._text)
 
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    def _text(self, seconds: float) -> str:
+        share = f" of {human(self.total)}, {100 * self._done / self.total:.0f}%" if self.total else ""
+        return f"{self._name}: {human(self._done)}{share}, {human(self._done / seconds)}/s"
 
 
 _COMMANDS: Final[dict[str, Callable[[_Session, argparse.Namespace], None]]] = {

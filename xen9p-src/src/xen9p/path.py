@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from xen9p.cli import table
 from xen9p.errors import Xen9pError
 
 PATH: Final = "path"
@@ -225,14 +226,9 @@ def compare(one: Way, other: Way) -> str:
     for number, row in enumerate(rows[1:], 1):
         row[0] = str(number)
     rows.append(["=", *(f"{way.translations} translations" for way in (one, other))])
-    return "\n".join(_aligned(rows))
+    return "\n".join(table(rows, right=len(rows[0])))
 
 
 def _column(way: Way) -> list[str]:
     head = f"{way.guest} {_what(way)}"
     return [head, *(f"{step.source.space} -> {step.target.space}" for step in way.steps if step.translates)]
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

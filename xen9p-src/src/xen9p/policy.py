@@ -94,6 +94,7 @@ LIMITS: Final = {
     "bytes_in_flight": "max_bytes",
     "operations_per_second": "ops_per_second",
     "bytes_per_second": "bytes_per_second",
+    "bytes_in_write": "max_write",
 }
 _LEAST: Final = {
     "fids": 16,
@@ -101,6 +102,7 @@ _LEAST: Final = {
     "bytes_in_flight": 1 << 20,
     "operations_per_second": 1,
     "bytes_per_second": 4096,
+    "bytes_in_write": 4096,
 }
 _MOST: Final = {
     "fids": 1 << 18,
@@ -108,6 +110,7 @@ _MOST: Final = {
     "bytes_in_flight": 1 << 31,
     "operations_per_second": 10**9,
     "bytes_per_second": 1 << 40,
+    "bytes_in_write": 1 << 20,
 }
 
 
@@ -237,7 +240,8 @@ def load(path: Path = DEFAULT_PATH, *, check_paths: bool) -> Policy:
         raise PolicyError(f"{path} cannot be read: {error.strerror}", "run as root") from None
     policy = parse(text, str(path))
     if check_paths:
-        problems = missing_paths(policy) + [line for rule in policy.rules for line in key_problems(rule)]
+        problems = missing_paths(policy)
+        problems += [line for rule in policy.rules for line in key_problems(rule) + group_problems(rule)]
         _raise(str(path), problems or quota.problems(policy.quotas()))
     return policy
 
@@ -289,6 +293,15 @@ def key_problems(rule: Rule) -> list[str]:
         auth.load(rule.keys)
     except Xen9pError as error:
         return [f"rule {rule.number}: keys: {error}"]
+    return []
+
+
+def group_problems(rule: Rule) -> list[str]:
+    """What is wrong with the groups that a rule takes from this machine now."""
+    try:
+        rule.terms.users()
+    except PolicyError as error:
+        return [f"rule {rule.number}: groups: {error}"]
     return []
 
 

@@ -104,8 +104,30 @@ def _problem(path: Path, quota: Quota) -> str:
     return ""
 
 
-def enforce(path: Path, quota: Quota) -> None:
+def joining(path: Path, *, again: bool = False) -> list[str]:
+    """The command that puts all that is in a directory into its project, for before enforce(..., join=False). Its exit
+    code says nothing. Empty if it takes none: the directory is on btrfs, or has joined already.
+
+    Raises:
+        OSError: the directory is missing.
+    """
+    if mount_of(path).kind not in PROJECT_KINDS:
+        return []
+    number = project_of(path)
+    return [] if joined(path, number) and not again else _join_all(path, str(number))
+
+
+def _join_all(path: Path, number: str) -> list[str]:
+    return ["chattr", "-R", "-f", "+P", "-p", number, str(path)]  # -f: special files have no project
+
+
+def enforce(path: Path, quota: Quota, *, join: bool = True) -> None:
     """Sets a directory's limits; Quota() takes them away. What is there already stays, and counts.
+
+    Args:
+        path: the directory.
+        quota: its limits.
+        join: whether what is there joins the directory's project here, if it has not yet; else joining() has been done.
 
     Raises:
         Xen9pError: one line, with the remedy.
@@ -126,7 +148,9 @@ def enforce(path: Path, quota: Quota) -> None:
     remedy = f"mount {mount.point} with prjquota" + (
         "; ext4 takes tune2fs -O project,quota before" if mount.kind == "ext4" else ""
     )
-    if not joined(path, int(number)):
+    if not join:
+        _run(path, ["chattr", "+P", "-p", number, str(path)], remedy)
+    elif not joined(path, int(number)):
         _join(path, number, remedy)
     # setquota counts in KiB; 0 is none. Soft limits are not used.
     limits = ["0", str(-(-quota.bytes // 1024)), "0", str(quota.files)]
@@ -155,9 +179,7 @@ def _join(path: Path, number: str, remedy: str) -> None:
     meanwhile: so it is done once.
     """
     try:
-        _run(
-            path, ["chattr", "-R", "-f", "+P", "-p", number, str(path)], remedy, may_fail=True
-        )  # special files have none
+        _run(path, _join_all(path, number), remedy, may_fail=True)
     except Xen9pError:
         _run(
             path, ["chattr", "-p", "0", str(path)], remedy, may_fail=True

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 from xen9p import control, policy, quota, restore, snapshot
 from xen9p.cli import size, table
 from xen9p.errors import NobodyError
+from xen9p.escape import escape
+from xen9p.meter import Meter
 from xen9p.policy import Policy
 from xen9p.snapshot import NOW, Keep, Snapshot, SnapshotError, Store
 
@@ -146,7 +146,6 @@ def _list(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any]
 
 
 def _row(one: Snapshot) -> tuple[str, ...]:
-    # What somebody wrote may have characters that move a terminal's cursor.
     when = one.time.strftime("%Y-%m-%d %H:%M:%S")
     return one.export, one.name, when, one.guest or "-", _printable(one.reason)
 
@@ -180,9 +179,9 @@ def _difference(change: Mapping[str, Any]) -> str:
     return f"{_SIGNS[change['change']]} {path or '.'}{slash}" + (f"  ({', '.join(notes)})" if notes else "")
 
 
-def _printable(path: str) -> str:
-    """A guest's file name, without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
+def _printable(text: str) -> str:
+    """What a guest or somebody else wrote, without what would move a terminal's cursor."""
+    return escape(text.encode(errors="surrogateescape"))
 
 
 def _restore(args: argparse.Namespace, target: Target, rules: Policy) -> dict[str, Any]:
@@ -273,18 +272,5 @@ def _clone(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Shows how far something is, to people and if it takes long."""
-    began = last = time.monotonic()
-    shown = False
-
-    def step(done: int, total: int) -> None:
-        nonlocal last, shown
-        now = time.monotonic()
-        if sys.stderr.isatty() and now - began > 1 and now - last > 0.2:
-            last, shown = now, True
-            print(f"\r{what}: {done} of {total}\x1b[K", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield step
-    finally:
-        if shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    with Meter() as meter:
+        yield lambda done, total: meter.show(lambda _: f"{what}: {done} of {total}")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from xen9p import policy
+from xen9p import options
 
 _TARGET = "an export of the policy; or a guest: all exports that it can write to"
 
@@ -32,9 +31,7 @@ def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.A
 
     def last(made: argparse.ArgumentParser) -> None:
         made.add_argument("--json", action="store_true", help="as one JSON object")
-        made.add_argument(
-            "--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s"
-        )
+        options.policy_file(made)
         runtime(made)
 
     create = verb("create", "make one", "Make a snapshot of one instant; devices that write there stand still for it.")

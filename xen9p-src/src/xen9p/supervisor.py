@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from xen9p import __version__, device, journal, policy, quota, snapshot, workers, xenbus
+from xen9p import __version__, device, journal, policy, quotas, snapshot, workers, xenbus
 from xen9p.blink import Blink
 from xen9p.budget import Budget
 from xen9p.control import (
@@ -36,6 +36,7 @@ from xen9p.errors import ControlError, PolicyError, RefusedError, Xen9pError, Xe
 from xen9p.jsonlines import Object
 from xen9p.loop import Loop
 from xen9p.policy import Grant, Policy
+from xen9p.terms import TERMS
 from xen9p.workers import Worker, Zygote
 from xen9p.xenbus import GuestId, NoGuestError, ViolationError
 from xen9p.xenstore import XenStore, XenStoreErrnoError
@@ -49,7 +50,6 @@ COST_REBUILD: Final = 10.0
 STATS_TIMEOUT: Final = 2.0
 RECONNECT: Final = 2.0
 _STATS: Final = ("requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued")
-_TERMS: Final = ("users", "limits")
 _DOMAINS: Final = ("@introduceDomain", "@releaseDomain")
 
 
@@ -66,6 +66,7 @@ class Managed:
         self.deaf = False  # its worker is of an earlier version, which knows no terms
         self.narrowed = False  # by hand
         self.later = ""  # what the policy says by now and only the next attach brings
+        self.refusal = ""  # why its terms are not the policy's
         self.dirty = False
         self.timer = 0
         self.waiters: list[Callable[[], None]] = []
@@ -130,7 +131,9 @@ class Guest:
 class Supervisor:
     """The one supervisor of a host."""
 
-    def __init__(self, loop: Loop, store: XenStore, zygote: Zygote, rules: Policy, runtime: Path) -> None:
+    def __init__(
+        self, loop: Loop, store: XenStore, zygote: Zygote, rules: Policy, runtime: Path, *, state: Path | None = None
+    ) -> None:
         self.loop = loop
         self.store = store
         self.zygote = zygote
@@ -140,7 +143,7 @@ class Supervisor:
         self.blink = Blink(loop)
         self._watched_fd = -1
         self._resync_timer = 0
-        self._held: dict[Path, tuple[quota.Quota, int, int]] = {}  # quotas that are in force, and of which directory
+        self._quotas = quotas.Quotas(loop, (state or runtime) / quotas.FILE, self._give_all)
 
     # XenStore as a whole.
 
@@ -149,6 +152,7 @@ class Supervisor:
         for special in _DOMAINS:
             self.store.watch(special, special)
         self._follow_store()
+        self._quotas.keep(self.policy.quotas())
         self._adopt()
         self.rescan()
 
@@ -266,19 +270,19 @@ class Supervisor:
     def _hold(self, path: Path) -> list[str]:
         """Has the filesystem enforce a directory's quota, if it has one; what keeps it from that, a line each."""
         most = self.policy.quotas().get(path)
-        if most is None:
-            return []
-        try:
-            found = path.stat()
-            if self._held.get(path) != (held := (most, found.st_dev, found.st_ino)):
-                quota.enforce(path, most)
-                self._held[path] = held
-                log.info("quota of %s: %s", path, most)
-        except OSError as error:
-            return [f"quota of {path}: {error.strerror}"]
-        except Xen9pError as error:
-            return [str(error)]
-        return []
+        return [] if most is None else self._quotas.hold(path, most)
+
+    def _give_all(self) -> None:
+        """What kept guests from an export may be over."""
+
+        def work() -> None:
+            for guest in list(self.guests.values()):
+                for managed in list(guest.devices.values()):
+                    for problem in self._hold(managed.grant.path):
+                        managed.say("error", problem)
+                self.give(guest)
+
+        self.guarded(work)
 
     def _say_once(self, guest: Guest, text: str) -> None:
         if text not in guest.refused:
@@ -457,9 +461,11 @@ class Supervisor:
         """Has a device's worker take the terms of the policy as it is now; says what cannot change under a mount."""
         now, was = self._now(managed), managed.grant
         if now is not None and (now.export, now.path) == (was.export, was.path):
+            managed.refusal = ""
             try:
                 terms = _terms(now)
             except PolicyError as error:
+                managed.refusal = str(error)
                 managed.say("error", f"keeps its terms: {error}")
                 terms = managed.terms
             managed.grant = dataclasses.replace(was, terms=now.terms)
@@ -490,7 +496,7 @@ class Supervisor:
         for problem in problems:
             managed.say("error", f"is made anew as it was: {problem}")
         if not problems:
-            managed.grant, managed.terms, managed.later = now, terms, ""
+            managed.grant, managed.terms, managed.later, managed.refusal = now, terms, "", ""
 
     # Workers.
 
@@ -608,9 +614,9 @@ class Supervisor:
         managed = Managed(guest, left.devid, left.grant, machine)
         managed.narrowed = left.narrowed
         # Of a worker that is gone nobody knows; then what is safest, until _settle() finds a rule.
-        managed.deaf = found is not None and not found.hello.keys() >= set(_TERMS)
+        managed.deaf = found is not None and not found.hello.keys() >= set(TERMS)
         known = found is not None and not managed.deaf
-        managed.terms = {name: found.hello[name] for name in _TERMS} if found and known else _terms(left.grant)
+        managed.terms = {name: found.hello[name] for name in TERMS} if found and known else _terms(left.grant)
         guest.devices[left.devid] = managed
         if found is not None:
             managed.say("info", f"taken over worker={found.pid}")
@@ -677,7 +683,7 @@ class Supervisor:
         log.info("policy reloaded: %d rules", len(self.policy.rules))
         for problem in policy.missing_paths(self.policy):
             log.warning("policy: %s", problem)
-        self._release(old)
+        self._quotas.keep(self.policy.quotas())
         for guest in list(self.guests.values()):
             guest.refused.clear()
             # What somebody took away stays away, unless the policy says something new about it.
@@ -689,16 +695,6 @@ class Supervisor:
         # Last: XenStore may break under it, and that must leave no worker with the old terms.
         for guest in list(self.guests.values()):
             self.give(guest)
-
-    def _release(self, old: Policy) -> None:
-        """Takes quotas away that the policy no longer has; all others are set again."""
-        self._held.clear()
-        for path in old.quotas().keys() - self.policy.quotas().keys():
-            try:
-                quota.enforce(path, quota.Quota())
-                log.info("quota of %s: none any more", path)
-            except Xen9pError as error:
-                log.warning("%s", error)
 
     def _named(self, name: str) -> Guest:
         found = [g for g in self.guests.values() if g.id.name == name or g.id.uuid == name.lower()]
@@ -853,6 +849,7 @@ def _device_status(managed: Managed) -> Object:
         "frontend_kind": grant.frontend,
         "checks": "server" if grant.terms.checks else "guest",
         "pending": managed.later,
+        "problem": managed.refusal or (worker.refusal if worker else ""),
         "state": XenbusState.named(machine.published).lower(),
         "frontend": XenbusState.named(machine.frontend).lower() if known else str(machine.frontend),
         "phase": machine.phase.value,

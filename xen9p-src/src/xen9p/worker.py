@@ -30,6 +30,7 @@ from typing import Any
 from xen9p import auth, journal, sandbox, server, tracer
 from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
 from xen9p.errors import Xen9pError, describe
+from xen9p.terms import TERMS
 from xen9p.users import Users, from_plain
 
 LOG = logging.getLogger(__name__)
@@ -37,8 +38,6 @@ SEND_TIMEOUT = struct.pack("ll", 2, 0)
 MOST_FIDS = 1 << 18
 RESERVED_FDS = 128  # for what is no fid: rings, sockets, the export
 HELLO_FIELDS = ("domid", "devid", "guest", "uuid", "tag", "export", "readonly")
-TERMS = ("users", "limits")
-"""What of a request may change while the device serves."""
 PR_SET_NAME = 15
 STAND_STILL = 2.0
 """Seconds after which a paused device goes on by itself, whatever became of who asked for it."""

@@ -49,6 +49,7 @@ class Worker:
         self.hello: Object = {}
         self.is_ready = False
         self.has_rings = False
+        self.refusal = ""  # why it keeps other terms than it was told last
         self._loop = loop
         self._path = path
         self._ready_callback = ready
@@ -205,8 +206,9 @@ class Worker:
             self.detail = {k: v for k, v in event.items() if k != "event"}
             self._answered("metrics")
         elif kind == "settled":
-            if problem := event.get("problem"):
-                log.error("worker pid=%s keeps its terms: %s", self.pid, f"{problem}"[:300])
+            self.refusal = str(event.get("problem") or "")[:300]
+            if self.refusal:
+                log.error("worker pid=%s keeps its terms: %s", self.pid, self.refusal)
         elif kind == "paused" and event.get("id") == self._pauses:  # a late answer says nothing about the next pause
             self._tell_paused(int(event["left"]))
         elif kind == "resumed":

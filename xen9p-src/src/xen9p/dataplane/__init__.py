@@ -48,6 +48,9 @@ class Verdict(IntEnum):
     SYSTEM = lib.X9_SYSTEM
 
 
+LEAST_WRITE = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one peer may hold at once, and how much it may have done in a second.
@@ -58,6 +61,8 @@ class Limits:
         max_bytes: of these requests and their replies, in memory and in the ring; 0 for 16 of the largest messages.
         ops_per_second: messages; 0 for no limit. What was not used can be used within half a second.
         bytes_per_second: of messages, to and from the peer; 0 for no limit. The same holds.
+        max_write: bytes of data in one write, as clients are asked to keep to it with the iounit of files opened for
+            writing, from 4096 on; 0 for as much as fits into a message.
         pool_threads: C threads for what may wait, at most 16.
         python_threads: threads for cold messages.
         spin_us: microseconds of looking before sleeping; None for as long as pays on this machine (spin_us()).
@@ -72,6 +77,7 @@ class Limits:
     max_bytes: int = 0
     ops_per_second: int = 0
     bytes_per_second: int = 0
+    max_write: int = 0
     pool_threads: int = 4
     python_threads: int = 2
     spin_us: int | None = None
@@ -82,6 +88,8 @@ class Limits:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise Xen9pError(f"{name} is {value!r}", f"it is a number from {least} to {most}", errno.EINVAL)
+        if 0 < self.max_write < LEAST_WRITE:
+            raise Xen9pError(f"max_write is {self.max_write}", f"it is 0, or {LEAST_WRITE} or more", errno.EINVAL)
 
     def in_c(self) -> Mapping[str, int]:
         """What can be changed while a device serves, as C has it (x9_limits)."""
@@ -94,6 +102,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "max_bytes": (0, 1 << 40),
     "ops_per_second": (0, MAX_RATE),
     "bytes_per_second": (0, MAX_RATE),
+    "max_write": (0, 1 << 24),
 }
 
 

@@ -27,6 +27,7 @@ typedef struct x9_limits {
     uint64_t max_bytes;  /* of these and their replies; 0: a few times the largest message */
     uint64_t ops_per_second;   /* messages; 0: no limit */
     uint64_t bytes_per_second; /* of messages both ways; 0: no limit */
+    uint32_t max_write; /* bytes of data in a Twrite that clients are asked to keep to; 0: as much as fits */
 } x9_limits;
 
 typedef struct x9_config {

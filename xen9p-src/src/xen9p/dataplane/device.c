@@ -242,6 +242,23 @@ static int link_send(struct x9_link *link, const uint8_t *msg, uint32_t len, boo
     return err;
 }
 
+static uint32_t size_limit(const struct x9_dev *dev) { return dev->msize ? dev->msize : X9_MIN_MSIZE; }
+
+/* Whether the peer may soon find too little room for its requests. Linux's frontend sleeps badly then: a writer that waits
+ * for room is not woken by our events (net/9p/trans_xen.c). Half of it is room for at least one of the largest messages. */
+static bool is_tight(const struct x9_link *link)
+{
+    return ring_room(&link->ring) < link->ring.half / 2;
+}
+
+/* A Twrite's data is no longer needed where it lies. */
+static void release_data(struct x9_req *req)
+{
+    if (ring_release(&req->link->ring, req->held) < size_limit(req->link->dev))
+        link_notify(req->link); /* no reply may follow soon, and whoever waits for room is to see it now */
+    req->held = NULL;
+}
+
 static void mark_replying(struct x9_dev *dev, struct x9_req *req)
 {
     pthread_mutex_lock(&dev->lock);
@@ -397,6 +414,39 @@ static void answer(struct x9_call *call, int result)
         finish(dev, X9_PROTOCOL, "message of type %u with tag %u does not parse", call->type, call->tag);
 }
 
+/* Takes a Twrite's data out of the ring: a slow write must keep no other from coming. Without memory it stays there. */
+static void take_out(struct x9_call *call)
+{
+    uint8_t *whole = call_big(call);
+
+    if (!whole)
+        return;
+    memcpy(whole, call->msg, X9_WRITE_HEADER);
+    ring_copy(&call->link->ring, call->data_pos, whole + X9_WRITE_HEADER, call->size - X9_WRITE_HEADER);
+    call->msg = whole, call->data_in_ring = false;
+    release_data(call->req);
+}
+
+/* The same for those that no thread has begun, the oldest first, until there is room enough. On the reader. They count
+ * among the bytes in flight already, so this needs no bound of its own. */
+static void make_room(struct x9_link *link)
+{
+    struct x9_dev *dev = link->dev;
+
+    pthread_mutex_lock(&dev->lock);
+    for (struct x9_req *req = dev->pool.head; req && is_tight(link); req = req->next) {
+        uint8_t *whole = req->held && req->link == link ? malloc(req->size) : NULL;
+        if (!whole)
+            continue;
+        memcpy(whole, req->msg, X9_WRITE_HEADER);
+        ring_copy(&link->ring, req->data_pos, whole + X9_WRITE_HEADER, req->size - X9_WRITE_HEADER);
+        free(req->msg);
+        req->msg = whole;
+        release_data(req);
+    }
+    pthread_mutex_unlock(&dev->lock);
+}
+
 static void *pool_thread(void *arg)
 {
     struct x9_dev *dev = arg;
@@ -427,11 +477,11 @@ static void *pool_thread(void *arg)
         call->note = req->note, req->note = (struct x9_note){0};
         call->promised = req->promised, req->promised = 0;
         obs_start(&call->note);
+        if (call->data_in_ring)
+            take_out(call);
         int result = fs_handle(call);
-        if (req->held) {
-            ring_release(&req->link->ring, req->held); /* before the reply: the peer may be waiting for room */
-            req->held = NULL;
-        }
+        if (req->held)
+            release_data(req); /* before the reply: the peer may be waiting for room */
         answer(call, result);
         obs_end(dev, &call->note, call->type, false);
         req_done(dev, req);
@@ -757,8 +807,6 @@ static void handle(struct x9_call *call)
     obs_end(call->dev, &call->note, call->type, true);
 }
 
-static uint32_t size_limit(const struct x9_dev *dev) { return dev->msize ? dev->msize : X9_MIN_MSIZE; }
-
 /* Takes at most a budget of messages off a ring. Returns how many. */
 static int serve_ring(struct x9_link *link, struct x9_call *call)
 {
@@ -790,13 +838,18 @@ static int serve_ring(struct x9_link *link, struct x9_call *call)
                 finish(dev, X9_HANGUP, "the frontend went away");
             break;
         }
+        bool tight = is_tight(link), full = ring_room(ring) < size_limit(dev);
+        if (tight)
+            make_room(link);
         call->link = link, call->msg = dev->buf, call->size = size;
-        call->data_in_ring = dev->buf[4] == P9_TWRITE && size >= X9_WRITE_HEADER;
+        call->data_in_ring = dev->buf[4] == P9_TWRITE && size >= X9_WRITE_HEADER && !tight;
         call->data_pos = ring->rx_pos + X9_WRITE_HEADER, call->held = NULL;
         ring_peek(ring, X9_HEADER, dev->buf + X9_HEADER, (call->data_in_ring ? X9_WRITE_HEADER : size) - X9_HEADER);
         obs_take(call, (uint32_t)have);
         if (!call->data_in_ring && ring_consume(ring, size))
             finish(dev, X9_SYSTEM, "out of memory");
+        if (full)
+            link_notify(link); /* as in release_data() */
         handle(call);
     }
     return taken;

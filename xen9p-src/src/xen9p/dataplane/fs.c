@@ -412,7 +412,17 @@ static int open_flags(uint32_t wire)
     return (int)(wire & (O_ACCMODE | O_APPEND | O_TRUNC | O_SYNC));
 }
 
-static int reply_open(struct x9_call *call, int fd)
+/* Linux's client keeps its reads and writes to the iounit (net/9p/client.c), so what may be written can be kept small. */
+static uint32_t iounit(const struct x9_dev *dev, uint32_t wire)
+{
+    uint32_t most = dev->msize - X9_IO_HEADER, wanted = __atomic_load_n(&dev->max_write, __ATOMIC_RELAXED);
+
+    if (wanted && wanted < most && (wire & O_ACCMODE) != O_RDONLY)
+        most = wanted;
+    return most & ~(X9_PAGE - 1);
+}
+
+static int reply_open(struct x9_call *call, int fd, uint32_t wire)
 {
     uint8_t qid[13];
     uint32_t format;
@@ -422,7 +432,7 @@ static int reply_open(struct x9_call *call, int fd)
         return err;
     uint8_t *p = reply(call, 17);
     memcpy(p, qid, 13);
-    put32(p + 13, (call->dev->msize - X9_IO_HEADER) & ~(X9_PAGE - 1)); /* iounit */
+    put32(p + 13, iounit(call->dev, wire));
     return 0;
 }
 
@@ -466,7 +476,7 @@ static int h_lopen(struct x9_call *call)
         int io = open_for_io(call, fid->path_fd, fid->format, wire);
         if (io < 0)
             err = io == -EAGAIN && !call->may_block ? X9_LATER : -io;
-        else if ((err = reply_open(call, io)))
+        else if ((err = reply_open(call, io, wire)))
             close(io);
         else
             __atomic_store_n(&fid->io_fd, io, __ATOMIC_RELEASE);
@@ -513,7 +523,7 @@ static int h_lcreate(struct x9_call *call)
         if (path >= 0)
             close(path);
     }
-    int err = io < 0 ? -io : reply_open(call, io);
+    int err = io < 0 ? -io : reply_open(call, io, wire);
     if (err) {
         if (io >= 0)
             close(io);
@@ -546,7 +556,8 @@ int open_fid(struct x9_call *call, uint32_t num, uint32_t format, struct x9_fid 
     return 0;
 }
 
-static uint8_t *big(struct x9_call *call)
+/* The call's msize bytes, made on first use; NULL without memory. */
+uint8_t *call_big(struct x9_call *call)
 {
     if (!call->big)
         call->big = malloc(call->dev->config.max_msize);
@@ -618,7 +629,7 @@ static int h_read(struct x9_call *call)
         fid_put(fid);
         return err;
     }
-    uint8_t *buf = big(call);
+    uint8_t *buf = call_big(call);
     ssize_t got = buf ? pread(fid->io_fd, buf + X9_READ_HEADER, count, (off_t)offset) : (errno = ENOMEM, -1);
     err = got < 0 ? errno : 0;
     fid_put(fid);
@@ -747,7 +758,7 @@ static int h_readdir(struct x9_call *call)
         count = call->dev->msize - X9_READ_HEADER;
     if (!call->may_block)
         return X9_LATER;
-    uint8_t *buf = big(call), *out = buf + X9_READ_HEADER;
+    uint8_t *buf = call_big(call), *out = buf + X9_READ_HEADER;
     if (!buf)
         return ENOMEM;
     if ((err = open_fid(call, num, S_IFDIR, &fid)))

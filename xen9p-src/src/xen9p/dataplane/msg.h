@@ -54,16 +54,10 @@ static inline uint8_t *reply(struct x9_call *call, uint32_t len)
 /* count bytes of a Twrite's data, wherever they are. */
 static inline void copy_data(struct x9_call *call, uint8_t *to, uint32_t count)
 {
-    struct iovec iov[2];
-
-    if (!call->data_in_ring) {
+    if (call->data_in_ring)
+        ring_copy(&call->link->ring, call->data_pos, to, count);
+    else
         memcpy(to, call->msg + X9_WRITE_HEADER, count);
-        return;
-    }
-    int n = ring_rx_iov(&call->link->ring, call->data_pos, count, iov);
-    memcpy(to, iov[0].iov_base, iov[0].iov_len);
-    if (n > 1)
-        memcpy(to + iov[0].iov_len, iov[1].iov_base, iov[1].iov_len);
 }
 
 #endif

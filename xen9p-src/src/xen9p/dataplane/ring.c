@@ -30,7 +30,7 @@ int ring_init(struct x9_ring *ring, uint8_t *page, uint8_t *data, uint32_t order
     ring->held = NULL, ring->held_tail = &ring->held;
     /* A worker that takes over from a dead one goes on where that one stopped. */
     ring->tx_pos = load(ring->tx_prod);
-    ring->rx_pos = load(ring->rx_cons);
+    ring->rx_pos = ring->rx_given = load(ring->rx_cons);
     return ring_readable(ring) < 0 || ring_writable(ring) < 0 ? EINVAL : 0;
 }
 
@@ -76,14 +76,20 @@ int ring_tx_iov(const struct x9_ring *ring, uint32_t skip, uint32_t len, struct 
     return span(ring->tx_data, ring->half, ring->tx_pos + skip, len, iov);
 }
 
-/* Copies without consuming; the caller has checked ring_readable(). */
-void ring_peek(const struct x9_ring *ring, uint32_t skip, uint8_t *to, uint32_t len)
+/* Copies what is at a position, without consuming it. */
+void ring_copy(const struct x9_ring *ring, uint32_t pos, uint8_t *to, uint32_t len)
 {
     struct iovec iov[2];
 
-    ring_rx_iov(ring, ring->rx_pos + skip, len, iov);
+    ring_rx_iov(ring, pos, len, iov);
     memcpy(to, iov[0].iov_base, iov[0].iov_len);
     memcpy(to + iov[0].iov_len, iov[1].iov_base, iov[1].iov_len);
+}
+
+/* The same from the reader's position on; the caller has checked ring_readable(). */
+void ring_peek(const struct x9_ring *ring, uint32_t skip, uint8_t *to, uint32_t len)
+{
+    ring_copy(ring, ring->rx_pos + skip, to, len);
 }
 
 /* Called with held_lock held. The peer may overwrite what lies before the first stretch that is not done. */
@@ -96,6 +102,7 @@ static void give_back(struct x9_ring *ring)
             ring->held_tail = &ring->held;
     for (struct x9_held *held = ring->held; held; held = held->next)
         kept += held->len;
+    __atomic_store_n(&ring->rx_given, ring->rx_pos - kept, __ATOMIC_RELAXED);
     /* Release: our reads of the data come before the peer may overwrite it. */
     __atomic_store_n(ring->rx_cons, ring->rx_pos - kept, __ATOMIC_RELEASE);
 }
@@ -122,13 +129,31 @@ struct x9_held *ring_hold(struct x9_ring *ring, uint32_t len)
     return held;
 }
 
-/* Callable from any thread. */
-void ring_release(struct x9_ring *ring, struct x9_held *held)
+static uint32_t room_after(const struct x9_ring *ring, uint32_t given)
+{
+    uint32_t used = load(ring->rx_prod) - given;
+
+    return used < ring->half ? ring->half - used : 0;
+}
+
+/* Bytes that the peer can still put there, as it sees the ring: what is held takes room. From any thread. */
+uint32_t ring_room(const struct x9_ring *ring)
+{
+    return room_after(ring, __atomic_load_n(&ring->rx_given, __ATOMIC_RELAXED));
+}
+
+/* Callable from any thread. Returns the room that there was before, for a peer that found too little may be waiting. */
+uint32_t ring_release(struct x9_ring *ring, struct x9_held *held)
 {
     pthread_mutex_lock(&ring->held_lock);
+    uint32_t given = ring->rx_given;
     held->done = true;
     give_back(ring);
+    /* The peer puts a message and then looks for room; we give room and then look for messages: one of us sees the other. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    uint32_t room = room_after(ring, given);
     pthread_mutex_unlock(&ring->held_lock);
+    return room;
 }
 
 /* Takes len bytes and gives them back, as soon as all before them is. Returns 0 or ENOMEM. */

@@ -130,6 +130,17 @@ static int have_capabilities(bool all)
     return syscall(SYS_capset, &header, sets) ? errno : 0;
 }
 
+/* Whether this process can take other identities at all, and lay capabilities down. Returns 0 or an errno. */
+static int can_change(void)
+{
+    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    struct __user_cap_data_struct sets[2];
+
+    if (syscall(SYS_capget, &header, sets))
+        return errno;
+    return (sets[0].permitted & KEPT) == KEPT ? 0 : EPERM;
+}
+
 /* By system call, as glibc's wrappers are for the whole process and these for the thread. groups NULL: whatever they are. */
 static int become(const struct x9_me *want, const struct user *groups)
 {
@@ -144,10 +155,16 @@ static int become(const struct x9_me *want, const struct user *groups)
         err = errno;
     if (err)
         return err;
-    if (!had.known || want->gid != had.gid)
+    bool other_gid = !had.known || want->gid != had.gid, other_uid = !had.known || want->uid != had.uid;
+    if (other_gid)
         setfsgid(want->gid);
-    if (!had.known || want->uid != had.uid)
+    if (other_uid)
         setfsuid(want->uid);
+    /* They say what was before, and nothing of failing (setfsuid(2)); -1 changes nothing. */
+    bool failed = (other_gid && (uint32_t)setfsgid(X9_NOID) != want->gid) ||
+                  (other_uid && (uint32_t)setfsuid(X9_NOID) != want->uid);
+    if (failed && (want->bare || !can_change()))
+        return EPERM; /* where the guest's kernel decides, a server that never could just owns what is made */
     me = *want;
     if (!groups)
         me.serial = had.serial, me.groups = had.groups;
@@ -284,17 +301,6 @@ int x9_give_group(int dir, int fd, uint32_t gid) { return give_group(dir, fd, gi
 int x9_keep_capabilities(void)
 {
     return prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) ? errno : 0;
-}
-
-/* Whether this process can take other identities at all, and lay capabilities down. */
-static int can_change(void)
-{
-    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
-    struct __user_cap_data_struct sets[2];
-
-    if (syscall(SYS_capget, &header, sets))
-        return errno;
-    return (sets[0].permitted & KEPT) == KEPT ? 0 : EPERM;
 }
 
 /* Counts the users in groups: uid, count, gids. Returns -1 if it does not come out even, a count is wrong or uids fall. */

@@ -106,6 +106,7 @@ struct x9_ring {
     /* Messages that were taken and not yet given back, in the order of the ring; empty most of the time. */
     pthread_mutex_t held_lock;
     struct x9_held *held, **held_tail;
+    uint32_t rx_given; /* atomic: room up to here has been given back; the private copy of *rx_cons */
     /* The peer can write the shared copies of our own indices too, so these private ones are what counts. */
     uint32_t tx_pos, rx_pos;
 };
@@ -114,11 +115,13 @@ int ring_init(struct x9_ring *ring, uint8_t *page, uint8_t *data, uint32_t order
 int64_t ring_readable(const struct x9_ring *ring);
 int64_t ring_writable(const struct x9_ring *ring);
 bool ring_abandoned(const struct x9_ring *ring);
+void ring_copy(const struct x9_ring *ring, uint32_t pos, uint8_t *to, uint32_t len);
 void ring_peek(const struct x9_ring *ring, uint32_t skip, uint8_t *to, uint32_t len);
 int ring_rx_iov(const struct x9_ring *ring, uint32_t pos, uint32_t len, struct iovec iov[2]);
 int ring_consume(struct x9_ring *ring, uint32_t len);
 struct x9_held *ring_hold(struct x9_ring *ring, uint32_t len);
-void ring_release(struct x9_ring *ring, struct x9_held *held);
+uint32_t ring_release(struct x9_ring *ring, struct x9_held *held);
+uint32_t ring_room(const struct x9_ring *ring);
 void ring_free(struct x9_ring *ring);
 void ring_poke(struct x9_ring *ring, uint32_t skip, const uint8_t *from, uint32_t len);
 int ring_tx_iov(const struct x9_ring *ring, uint32_t skip, uint32_t len, struct iovec iov[2]);
@@ -258,7 +261,7 @@ struct x9_req {
     uint32_t size;
     uint8_t *msg;
     struct x9_link *link;
-    struct x9_held *held; /* a Twrite whose data is still in the ring, at data_pos */
+    struct x9_held *held; /* a Twrite whose data is still in the ring, at data_pos; msg is just its header then */
     uint32_t data_pos;
     struct x9_stream stream; /* a job of our own and no request: start writing this back */
     uint32_t promised;       /* bytes of its reply that its rate has been charged with already */
@@ -312,6 +315,7 @@ struct x9_dev {
     bool stop;  /* everybody out */
     bool drain; /* take nothing new, finish what is here */
     struct x9_bucket ops, bytes;
+    uint32_t max_write; /* atomic; as in x9_limits */
     int64_t held_until; /* the reader's: ns when a message may be taken that may not yet; 0: there is none */
     uint64_t slow_until; /* the reader's: us until which it leaves all writes to the pool */
     struct x9_late *late; /* the reader's */
@@ -437,6 +441,7 @@ void limits_settle(struct x9_dev *dev, uint32_t *promised, uint32_t len);
 uint64_t limits_weight(const struct x9_call *call);
 bool limits_full(const struct x9_dev *dev, uint64_t weight);
 
+uint8_t *call_big(struct x9_call *call);
 int link_wait_room(struct x9_link *link, uint32_t len);
 void link_notify(struct x9_link *link);
 void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len);

@@ -51,8 +51,8 @@ def answering(answer: Answer) -> Iterator[SocketTransport]:
         yield transport
     finally:
         transport.close()
+        thread.join(5)  # it has seen the end; whoever waits on a descriptor that is closed under it waits on
         peer.close()
-        thread.join(5)
 
 
 def backwards(count: int) -> Answer:

@@ -134,8 +134,8 @@ def test_writes_that_stand_still_make_room(tmp_path: Path) -> None:
                     for message in writes(fid):
                         session.client.send_raw(message)
                     until("all are taken", lambda: session.served.device.stats()["in_flight"] == WRITES + 1)
-                    assert running(session) == 3
-                    assert room(session) >= ring_of(session).half // 2
+                    until("all threads stand still", lambda: running(session) == 3)
+                    until("there is room", lambda: room(session) >= ring_of(session).half // 2)
             assert answers(session, WRITES + 1) == {1000, *range(WRITES)}
         assert (point / "f").read_bytes() == content()
 

@@ -414,36 +414,30 @@ static void answer(struct x9_call *call, int result)
         finish(dev, X9_PROTOCOL, "message of type %u with tag %u does not parse", call->type, call->tag);
 }
 
-/* Takes a Twrite's data out of the ring: a slow write must keep no other from coming. Without memory it stays there. */
-static void take_out(struct x9_call *call)
+/* Takes a Twrite's data out of the ring: a slow write must keep no other from coming. It counts among the bytes in flight
+ * already, so this needs no bound of its own. Without memory it stays there. */
+static void take_out(struct x9_req *req)
 {
-    uint8_t *whole = call_big(call);
+    uint8_t *whole = malloc(req->size);
 
     if (!whole)
         return;
-    memcpy(whole, call->msg, X9_WRITE_HEADER);
-    ring_copy(&call->link->ring, call->data_pos, whole + X9_WRITE_HEADER, call->size - X9_WRITE_HEADER);
-    call->msg = whole, call->data_in_ring = false;
-    release_data(call->req);
+    memcpy(whole, req->msg, X9_WRITE_HEADER);
+    ring_copy(&req->link->ring, req->data_pos, whole + X9_WRITE_HEADER, req->size - X9_WRITE_HEADER);
+    free(req->msg);
+    req->msg = whole;
+    release_data(req);
 }
 
-/* The same for those that no thread has begun, the oldest first, until there is room enough. On the reader. They count
- * among the bytes in flight already, so this needs no bound of its own. */
+/* The same for those that no thread has begun, the oldest first, until there is room enough. On the reader. */
 static void make_room(struct x9_link *link)
 {
     struct x9_dev *dev = link->dev;
 
     pthread_mutex_lock(&dev->lock);
-    for (struct x9_req *req = dev->pool.head; req && is_tight(link); req = req->next) {
-        uint8_t *whole = req->held && req->link == link ? malloc(req->size) : NULL;
-        if (!whole)
-            continue;
-        memcpy(whole, req->msg, X9_WRITE_HEADER);
-        ring_copy(&link->ring, req->data_pos, whole + X9_WRITE_HEADER, req->size - X9_WRITE_HEADER);
-        free(req->msg);
-        req->msg = whole;
-        release_data(req);
-    }
+    for (struct x9_req *req = dev->pool.head; req && is_tight(link); req = req->next)
+        if (req->held && req->link == link)
+            take_out(req);
     pthread_mutex_unlock(&dev->lock);
 }
 
@@ -470,6 +464,8 @@ static void *pool_thread(void *arg)
             pthread_mutex_lock(&dev->lock);
             continue;
         }
+        if (req->held)
+            take_out(req);
         call->dev = dev, call->link = req->link, call->msg = req->msg, call->size = req->size;
         call->tag = req->tag, call->type = req->type, call->may_block = true;
         call->req = req;
@@ -477,8 +473,6 @@ static void *pool_thread(void *arg)
         call->note = req->note, req->note = (struct x9_note){0};
         call->promised = req->promised, req->promised = 0;
         obs_start(&call->note);
-        if (call->data_in_ring)
-            take_out(call);
         int result = fs_handle(call);
         if (req->held)
             release_data(req); /* before the reply: the peer may be waiting for room */

@@ -556,8 +556,7 @@ int open_fid(struct x9_call *call, uint32_t num, uint32_t format, struct x9_fid 
     return 0;
 }
 
-/* The call's msize bytes, made on first use; NULL without memory. */
-uint8_t *call_big(struct x9_call *call)
+static uint8_t *big(struct x9_call *call)
 {
     if (!call->big)
         call->big = malloc(call->dev->config.max_msize);
@@ -629,7 +628,7 @@ static int h_read(struct x9_call *call)
         fid_put(fid);
         return err;
     }
-    uint8_t *buf = call_big(call);
+    uint8_t *buf = big(call);
     ssize_t got = buf ? pread(fid->io_fd, buf + X9_READ_HEADER, count, (off_t)offset) : (errno = ENOMEM, -1);
     err = got < 0 ? errno : 0;
     fid_put(fid);
@@ -758,7 +757,7 @@ static int h_readdir(struct x9_call *call)
         count = call->dev->msize - X9_READ_HEADER;
     if (!call->may_block)
         return X9_LATER;
-    uint8_t *buf = call_big(call), *out = buf + X9_READ_HEADER;
+    uint8_t *buf = big(call), *out = buf + X9_READ_HEADER;
     if (!buf)
         return ENOMEM;
     if ((err = open_fid(call, num, S_IFDIR, &fid)))

@@ -441,7 +441,6 @@ void limits_settle(struct x9_dev *dev, uint32_t *promised, uint32_t len);
 uint64_t limits_weight(const struct x9_call *call);
 bool limits_full(const struct x9_dev *dev, uint64_t weight);
 
-uint8_t *call_big(struct x9_call *call);
 int link_wait_room(struct x9_link *link, uint32_t len);
 void link_notify(struct x9_link *link);
 void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len);

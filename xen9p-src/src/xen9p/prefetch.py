@@ -222,10 +222,12 @@ def load(folder: Path, image: str) -> Profile | None:
         return None
     except OSError as error:
         raise Xen9pError(f"{path}: {error.strerror}", "run it as root, or: xen9p cache forget") from None
-    with open(fd, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise Xen9pError(f"{path} is no file", "remove it")
-        data = file.read(MOST_TEXT + 1)
+        data = os.pread(fd, MOST_TEXT + 1, 0)
+    finally:
+        os.close(fd)
     try:
         if len(data) > MOST_TEXT:
             raise ValueError(f"it is longer than {MOST_TEXT} bytes")

@@ -66,8 +66,9 @@ def _show(args: argparse.Namespace) -> int:
     devices = _devices(args.runtime_dir)
     exports = _wanted(rules, devices, args.what)
     tell = _tell if sys.stderr.isatty() or not args.json else _silent
-    trees, origins = survey(exports, args.most, tell)
+    trees, origins = survey(exports, 0 if args.quick else args.most, tell)
     answer: dict[str, Any] = {
+        "quick": args.quick,
         "exports": [_plain(tree, rules, devices, args.top) for tree in trees],
         "origins": [_plain(tree, rules, [], args.top) for tree in origins],
         "devices": [_device(d) for d in devices if d["export"] in {export.name for export in exports}],
@@ -115,7 +116,12 @@ def _wanted(rules: Policy, devices: Iterable[dict[str, Any]], what: str) -> list
 
 
 def survey(exports: Iterable[Export], most: int, tell: Callable[[str], None]) -> tuple[list[Tree], list[Tree]]:
-    """What of exports is in memory, each directory once, and of the trees that they were cloned from."""
+    """What of exports is in memory, each directory once, and of the trees that they were cloned from.
+
+    Args:
+        most: files of a tree that are looked at; 0 for none.
+        tell: is told how far it is.
+    """
     trees: dict[Path, Tree] = {}
     origins: dict[Path, Tree] = {}
     for export in exports:
@@ -132,7 +138,7 @@ def survey(exports: Iterable[Export], most: int, tell: Callable[[str], None]) ->
         if origin is not None:
             origins.setdefault(origin, Tree(f"origin {origin.name}", origin, [], tree.image))
     for tree in (*trees.values(), *origins.values()):
-        if not tree.problem:
+        if not tree.problem and most:
             tell(f"looking at {tree.path}")
             for found in page_cache.walk(tree.path, tree.count, tell, most):
                 tree.resident += found.resident
@@ -234,13 +240,14 @@ def _lines(answer: dict[str, Any]) -> list[str]:
     from xen9p.cli import size, table  # noqa: PLC0415
 
     rows = [["TREE", "GUESTS", "FILES", "BYTES", "IN MEMORY", "OF FILES", "TWICE"]]
-    for one in (*answer["exports"], *answer["origins"]):
+    trees = [] if answer["quick"] else [*answer["exports"], *answer["origins"]]
+    for one in trees:
         amounts = size(one["bytes"]), size(one["resident_bytes"]), str(one["resident_files"])
         more = "" if one["complete"] else "+"
         guests = ",".join(one["guests"]) or "-"
         rows.append([one["name"], guests, f"{one['files']}{more}", *amounts, size(one["resident_twice_bytes"])])
-    lines = table(rows, right=2)
-    for one in (*answer["exports"], *answer["origins"]):
+    lines = table(rows, right=2) if trees else []
+    for one in trees:
         lines += [f"{one['name']}:{f['path']}  {size(f['resident'])}" for f in one.get("top", ())]
         lines += [f"{one['name']}: {one['problem']}"] if one["problem"] else []
     if answer["devices"]:

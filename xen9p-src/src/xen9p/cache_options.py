@@ -19,8 +19,8 @@ def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.A
     show = verbs.add_parser(
         "show",
         help="what is in memory, who shares it, hits, gains",
-        description="Show how much of each export is in dom0's page cache, who shares it, what reads have hit, and what "
-        "reading ahead, streams and shared origins have brought.",
+        description="Show how much of each export is in dom0's page cache, who shares it, what reads have hit, and "
+        "what reading ahead, streams and shared origins have brought.",
     )
     show.add_argument("what", nargs="?", default="", metavar="EXPORT|GUEST", help="default: every export of the policy")
     show.add_argument("--top", type=_count, default=0, metavar="N", help="and the N files that have most in memory")
@@ -32,6 +32,7 @@ def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.A
         metavar="PATH",
         help="and how much of this file, such as a disk image, is in memory; may be given several times",
     )
+    show.add_argument("--quick", action="store_true", help="do not look at the exports' files: counters alone")
     show.add_argument(
         "--most",
         type=_count,

@@ -76,13 +76,15 @@ class Caching:
 def lineage(path: Path) -> tuple[str, Path | None]:
     """What a tree is a clone of: the uuid that stands for its image, and that tree if it is still there, read-only.
 
-    A tree that was not cloned is its own image. On another filesystem than btrfs there is none.
+    A tree that was not cloned is its own image. A directory that is no subvolume's top, or not on btrfs, has none.
 
     Raises:
         OSError: EPERM, this takes CAP_SYS_ADMIN; ENOENT, the export is missing.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        if os.fstat(fd).st_ino != btrfs.FIRST_FREE:
+            return "", None
         try:
             mine = btrfs.subvolume(fd)
         except OSError as error:

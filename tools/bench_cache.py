@@ -1,8 +1,8 @@
-"""Measure the host's caching: boots that are learned and read ahead of, streams beside a hot set, clones that share pages.
+"""Measure the host's caching: boots that are read ahead of, streams beside a hot set, clones that share pages.
 
-Needs root, loop devices, btrfs-progs, e2fsprogs and python3-pyfuse3; no Xen. Trees are on a btrfs in a file, as fast as it
-is, or as slow as a hard disk (slow_disk.py); guests are clients on rings in memory. A "boot" finds and reads files in
-a fixed order and computes in between. Writes .lab/cache.json, and with --docs the documentation's page and chart.
+Needs root, loop devices, btrfs-progs, e2fsprogs and python3-pyfuse3; no Xen. Trees are on a btrfs in a file, as fast
+as it is, or as slow as a hard disk (slow_disk.py); guests are clients on rings in memory. A "boot" finds and reads
+files in a fixed order and computes in between. Writes .lab/cache.json, and with --docs the page and chart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +30,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "xen9p-src" / "src"))
 
 from bench_chart import STYLE
-
 from xen9p import page_cache
 from xen9p.cache_policy import Context
 from xen9p.cache_runner import CacheRunner, Memory
@@ -85,9 +85,12 @@ def slow(image: Path, point: Path) -> Iterator[Path]:
                 raise BenchError("the slow disk does not start: apt-get install python3-pyfuse3, modprobe fuse")
             time.sleep(0.05)
         yield point / "disk"
-        run("umount", point)
-        process.wait(20)
     finally:
+        # The kernel lets go of a loop device's file a moment after it has been detached.
+        for _ in range(100):
+            if not subprocess.run(["umount", point], check=False, capture_output=True).returncode:
+                break
+            time.sleep(0.1)
         process.kill()
         process.communicate()
 
@@ -162,8 +165,6 @@ def guest(
     remember: Callable[[Profile], None] = lambda _: None,
 ) -> Iterator[Guest]:
     """A guest of a tree, whose worker was there *lead* seconds before it attached."""
-    import threading
-
     there = os.open(origin, FOLDER) if origin else -1
     device = DataPlane(os.open(tree, FOLDER), False, limits, origin_fd=there)
     ring = MemoryRing(9)
@@ -320,8 +321,9 @@ class Bench:
             length: from where on it is a stream; see Limits.
         """
         limits = Limits(stream_bytes=length)
-        with self.cold(disk=False), memory_of(self.given.memory_mib * MIB):
-            with guest(self.point / "shared", limits=limits) as one, guest(self.point / "shared", limits=limits) as two:
+        shared = self.point / "shared"
+        with self.cold(disk=False), memory_of(self.given.memory_mib * MIB):  # noqa: SIM117
+            with guest(shared, limits=limits) as one, guest(shared, limits=limits) as two:
                 hot = one.client.walk(one.root, b"hot")
                 one.client.lopen(hot)
 
@@ -428,7 +430,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def median(rows: list[dict[str, Any]]) -> float:
     """Of the seconds."""
-    return statistics.median(row["seconds"] for row in rows)
+    return float(statistics.median(row["seconds"] for row in rows))
 
 
 def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -462,10 +464,11 @@ def page(run_: dict[str, Any]) -> str:
         "",
         "<!-- Written by tools/bench_cache.py (`make bench-cache`): changes are lost. -->",
         "",
-        f"Measured {run_['date']} on a btrfs in a file, without Xen; Linux {run_['kernel']}, {run_['processors']} processors.",
-        f"A tree of {run_['files']} files and {sizes['tree_mib']} MiB, read in a fixed order with {1000 * sizes['think']:g} ms of",
-        f"computing after each. *Hard disk*: one request after the other, 8 ms for a way of over 1 MiB, 2 ms for a shorter",
-        f"one, 120 MiB a second (`tools/slow_disk.py`). Median of {sizes['rounds']} rounds, all kinds in turns.",
+        f"Measured {run_['date']} on a btrfs in a file, without Xen; Linux {run_['kernel']},",
+        f"{run_['processors']} processors. A tree of {run_['files']} files and {sizes['tree_mib']} MiB, read in a",
+        f"fixed order with {1000 * sizes['think']:g} ms of computing after each. *Hard disk*: one request after the other, 8 ms",
+        "for a way of over 1 MiB, 2 ms for a shorter one, 120 MiB a second (`tools/slow_disk.py`).",
+        f"Median of {sizes['rounds']} rounds, all kinds in turns.",
         "",
         "![Seconds of a boot](cache.svg)",
         "",
@@ -480,13 +483,14 @@ def page(run_: dict[str, Any]) -> str:
         text.append(f"| {label} | {' | '.join(cells)} |")
     text += [
         "",
-        f"The profile has {run_['profile']['files']} files and {run_['profile']['bytes'] / MIB:.1f} MiB. A miss is a `Tread` of which the",
-        "page cache had not all: while a file is being read ahead of, its reads still wait for the disk, and not as long.",
+        f"The profile has {run_['profile']['files']} files and {run_['profile']['bytes'] / MIB:.1f} MiB. A miss is a",
+        "`Tread` of which the page cache had not all: while a file is being read ahead of, its reads still wait for",
+        "the disk, but not as long.",
         "",
         "## A stream beside a hot set",
         "",
-        f"{sizes['memory_mib']} MiB of memory (a cgroup's). One guest has {sizes['hot_mib']} MiB in use, another reads a file of",
-        f"{sizes['stream_mib']} MiB from begin to end; then the first one reads its own again.",
+        f"{sizes['memory_mib']} MiB of memory (a cgroup's). One guest has {sizes['hot_mib']} MiB in use, another",
+        f"reads a file of {sizes['stream_mib']} MiB from begin to end; then the first one reads its own again.",
         "",
         "| in use | streams | hits before | hits after | dropped | stream: s |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

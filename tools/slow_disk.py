@@ -60,7 +60,7 @@ class Disk(pyfuse3.Operations):  # type: ignore[misc]  # its stubs have no types
         away = abs(off - self._arm)
         seconds = size / RATE + (0.0 if not away else SHORT if away <= NEAR else LONG)
         self._arm = off + size
-        time.sleep(seconds)  # noqa: ASYNC251  # there is one arm
+        time.sleep(seconds)  # there is one arm
         return os.pread(self._fd, size, off)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:

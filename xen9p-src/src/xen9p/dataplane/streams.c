@@ -14,7 +14,7 @@
 
 #define STEP ((uint64_t)X9_MOST_PAGES * X9_PAGE)
 #define WINDOW (UINT64_C(4) << 20)
-#define AHEAD (2 * STEP)  /* how far it is read ahead of */
+#define AHEAD (4 * STEP)  /* how far it is read ahead of */
 #define BEHIND (2 * STEP) /* how far behind pages may be dropped: requests are in flight side by side */
 #define STEPS 8u
 #define MOST_STREAMS 64u /* of a device; the others are as if there were no streams */

@@ -7,17 +7,24 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from btrfsloop import MISSING, mounted, subvolume
+from confined import child
 from serving import Served, Session
 from test_streams import forget, here
+from xen9p import sandbox, server, worker
+from xen9p.cache_policy import Context
+from xen9p.cache_runner import CacheRunner, Memory
 from xen9p.caching import lineage
 from xen9p.client import Client
-from xen9p.dataplane import DataPlane
+from xen9p.dataplane import DataPlane, Limits
+from xen9p.prefetch import BLOCK, Profile
+from xen9p.prefetch_policy import Learned
 from xen9p.transport.memory import MemoryRing, MemoryRingTransport
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -216,3 +223,70 @@ def test_whose_clone_a_tree_is(trees: tuple[Path, Path, Path], tmp_path: Path) -
     assert lineage(tmp_path) == ("", None)
     subprocess.run(["btrfs", "property", "set", "-f", golden, "ro", "false"], check=True, capture_output=True)
     assert lineage(clone) == (image, None)
+
+
+def serve_shut_in(clone: Path, golden: Path, ring: MemoryRing, until: int) -> dict[str, Any]:
+    """What a worker does, until the pipe is closed; what it has counted, and what it could do that it should not."""
+    worker.prepare_process()
+    profile = Profile({b"usr/other": [(0, BLOCK * 2)], b"usr": [], b"../golden/usr/small": []})
+    policy, memory = Learned(Context(profile=profile)), Memory()
+    root = sandbox.cage(str(clone), False, str(golden))
+    origin = sandbox.open_origin()
+    device = DataPlane(root, False, Limits(stream_bytes=2 << 20), origin_fd=origin)
+    sandbox.shut(root, False, origin)
+    written = []
+    for name, flags in (("new", os.O_CREAT | os.O_WRONLY), ("usr/lib", os.O_WRONLY)):
+        with suppress(OSError):
+            os.close(os.open(name, flags, dir_fd=origin))
+            written.append(name)
+    runner = CacheRunner(device, policy, memory, lambda _: None)
+    runner.start()
+    ring.serve_with(device)
+    thread = threading.Thread(target=device.run, args=(server.serve,))
+    thread.start()
+    os.read(until, 1)
+    report = runner.report()
+    runner.close()
+    device.stop()
+    thread.join()
+    return {"stats": dict(device.stats()), "report": report, "written": written}
+
+
+def test_all_of_it_works_in_a_worker_that_is_shut_in(trees: tuple[Path, Path, Path]) -> None:
+    """The walls leave what it takes: the origin to be read and not written, looks at pages, reading ahead."""
+    golden, clone, _ = trees
+    (clone / "big").write_bytes(os.urandom(8 << 20))
+    subprocess.run(["sync", "-f", clone], check=True)
+    for path in (clone / "big", *(tree / "usr" / name for tree in trees for name in ("lib", "other"))):
+        forget(path)
+    ring = MemoryRing(9)
+    waiting, done = os.pipe()
+
+    def serve() -> dict[str, Any]:
+        os.close(done)
+        return serve_shut_in(clone, golden, ring, waiting)
+
+    with child(serve) as (_, result):
+        os.close(waiting)
+        client, root = Client.connect(MemoryRingTransport(ring))
+        until = time.monotonic() + 20
+        while here(golden / "usr/other") < len(OLD) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert client.read_file(root, b"usr/other") == OLD
+        assert client.read_file(root, b"usr/lib") == OLD
+        fid = client.walk(root, b"big")
+        client.lopen(fid)
+        for at in range(0, 8 << 20, 128 << 10):
+            client.read(fid, at, 128 << 10)
+        client.clunk(fid)
+        client.close()
+        os.close(done)
+        found = result()
+    ring.close()
+    assert found["written"] == []
+    assert found["report"]["ahead_bytes"] >= len(OLD)
+    assert found["report"]["ahead_refused"] == 1  # what leads out of the export
+    assert found["stats"]["shared_bytes"] == 2 * len(OLD)
+    assert found["stats"]["streams"] == 1
+    assert found["stats"]["streamed_bytes"] + found["stats"]["spared_bytes"] > 0
+    assert here(clone / "usr/other") == here(clone / "usr/lib") == 0

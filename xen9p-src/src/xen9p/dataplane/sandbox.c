@@ -58,16 +58,10 @@ static int take_tree(const char *path, bool readonly)
     return tree;
 }
 
-/* Puts the tree that an export was cloned from into the new root, read-only. Returns whether that went well. */
-static bool add_origin(const char *path)
+/* Puts what take_tree() gave into the new root. Returns whether that went well. */
+static bool place_tree(int tree, const char *path)
 {
-    int tree = take_tree(path, true);
-    bool done = tree >= 0 && !mkdir(CAGE "/origin", 0555) &&
-                !syscall(SYS_move_mount, tree, "", AT_FDCWD, CAGE "/origin", MOVE_MOUNT_F_EMPTY_PATH);
-
-    if (tree >= 0)
-        close(tree);
-    return done;
+    return !mkdir(path, 0555) && !syscall(SYS_move_mount, tree, "", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH);
 }
 
 /* Builds a new root at CAGE: export/ is the directory at path without what is mounted below it, origin/, if that is not NULL,
@@ -86,15 +80,16 @@ int x9_cage_build(const char *path, int readonly, const char *origin, const char
     int tree = take_tree(path, readonly);
     if (tree < 0)
         return at(step, "taking the export");
+    int origin_tree = origin ? take_tree(origin, true) : -1; /* if it is gone, then without */
     if (fstat(tree, &st) || !S_ISDIR(st.st_mode))
         errno = ENOTDIR, err = at(step, "taking the export");
     else if (mount("none", CAGE, "tmpfs", PLAIN, "size=64k,nr_inodes=8,mode=0755"))
         err = at(step, "mounting a new root");
-    else if (mkdir(CAGE "/export", 0555) || mkdir(CAGE "/proc", 0555))
+    else if (mkdir(CAGE "/proc", 0555))
         err = at(step, "making the new root");
-    else if (syscall(SYS_move_mount, tree, "", AT_FDCWD, CAGE "/export", MOVE_MOUNT_F_EMPTY_PATH))
+    else if (!place_tree(tree, CAGE "/export"))
         err = at(step, "mounting the export");
-    else if (origin && !add_origin(origin))
+    else if (origin_tree >= 0 && !place_tree(origin_tree, CAGE "/origin"))
         err = at(step, "mounting what the export was cloned from");
     /* /proc/self/fd turns an O_PATH descriptor into one for I/O. Other processes are not to be seen. */
     else if (mount("proc", CAGE "/proc", "proc", PLAIN | MS_RDONLY, "hidepid=ptraceable,subset=pid"))
@@ -102,6 +97,8 @@ int x9_cage_build(const char *path, int readonly, const char *origin, const char
     else if (mount(NULL, CAGE, NULL, PLAIN | MS_REMOUNT | MS_BIND | MS_RDONLY, NULL))
         err = at(step, "making the new root read-only");
     close(tree);
+    if (origin_tree >= 0)
+        close(origin_tree);
     return err;
 }
 
@@ -164,7 +161,8 @@ static int allow_beneath(int ruleset, int fd, uint64_t rights)
 }
 
 /* From now on this process opens and changes nothing but what is beneath export_fd; beneath remove_fd, if that is not -1, it
- * may remove files; what is beneath origin_fd, if that is not -1, it may read. Wants no_new_privs. Returns the version of Landlock, 0 where there is none that does, or -errno. */
+ * may remove files, and beneath origin_fd, if that is not -1, read. Wants no_new_privs. Returns the version of Landlock, 0
+ * where there is none that does, or -errno. */
 int x9_landlock(int export_fd, int readonly, int remove_fd, int origin_fd)
 {
     struct {

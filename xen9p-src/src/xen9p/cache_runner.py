@@ -40,6 +40,8 @@ TIGHT: Final = 16
 """When less than this part of the host's memory is available, nothing is read ahead: it would push out what is used."""
 REFILL_FILES: Final = 50.0
 REFILL_BYTES: Final = float(8 << 20)
+QUIET: Final = 15.0
+"""Seconds without a new file after which a boot is over."""
 MEMINFO: Final = "/proc/meminfo"
 
 
@@ -310,7 +312,7 @@ class Plan:
             profile=profile,
             prefetch=prefetch and bool(self.image),
             learn=float(wanted.get("learn", 120)),
-            quiet=float(wanted.get("quiet", 15)),
+            quiet=QUIET,
             stream_bytes=int((request.get("limits") or {}).get("stream_bytes", Limits().stream_bytes)),
             options=wanted.get("options") or {},
         )

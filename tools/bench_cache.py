@@ -2,7 +2,7 @@
 
 Needs root, loop devices, btrfs-progs, e2fsprogs and python3-pyfuse3; no Xen. Trees are on a btrfs in a file, as fast
 as it is, or as slow as a hard disk (slow_disk.py); guests are clients on rings in memory. A "boot" finds and reads
-files in a fixed order and computes in between. Writes .lab/cache.json, and with --docs the page and chart.
+files in a fixed order and waits in between, as if it computed. Writes .lab/cache.json, with --docs the page and chart.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from xen9p.cache_runner import CacheRunner, Memory
 from xen9p.caching import lineage
 from xen9p.client import Client
 from xen9p.dataplane import DataPlane, Limits
-from xen9p.prefetch import Profile
+from xen9p.prefetch import Profile, parse
 from xen9p.prefetch_policy import Learned
 from xen9p.server import serve
 from xen9p.transport.memory import MemoryRing, MemoryRingTransport
@@ -146,12 +147,11 @@ def memory_of(size: int) -> Iterator[None]:
 
 @dataclass
 class Guest:
-    """A client with the server's end of its rings."""
+    """A client, and what the process that serves it has counted so far."""
 
     client: Client
     root: int
-    device: DataPlane
-    runner: CacheRunner | None
+    ask: Callable[[], dict[str, Any]]
 
 
 @contextmanager
@@ -162,39 +162,66 @@ def guest(
     origin: Path | None = None,
     lead: float = 0.0,
     limits: Limits | None = None,
-    remember: Callable[[Profile], None] = lambda _: None,
 ) -> Iterator[Guest]:
-    """A guest of a tree, whose worker was there *lead* seconds before it attached."""
-    there = os.open(origin, FOLDER) if origin else -1
-    device = DataPlane(os.open(tree, FOLDER), False, limits, origin_fd=there)
+    """A guest of a tree, with a process that serves it and was there *lead* seconds before."""
     ring = MemoryRing(9)
-    ring.serve_with(device)
-    runner = CacheRunner(device, Learned(context), Memory(), remember) if context else None
-    thread = threading.Thread(target=device.run, args=(serve,))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if not pid:
+        try:
+            ours.close()
+            served(tree, context, origin, limits, ring=ring, boss=theirs)
+        finally:
+            os._exit(0)
+    theirs.close()
+
+    def ask() -> dict[str, Any]:
+        ours.send(b"?")
+        found: dict[str, Any] = json.loads(ours.recv(1 << 20))
+        return found
+
     try:
-        if runner:
-            runner.start()
         time.sleep(lead)
-        thread.start()
         client, root = Client.connect(MemoryRingTransport(ring))
         try:
-            yield Guest(client, root, device, runner)
+            yield Guest(client, root, ask)
         finally:
             client.close()
     finally:
-        if runner:
-            runner.close()
-        device.stop()
-        thread.join()
-        device.close()
+        ours.close()
+        os.waitpid(pid, 0)
         ring.close()
 
 
-def spin(seconds: float) -> None:
-    """The guest computes."""
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        pass
+def served(
+    tree: Path,
+    context: Context | None,
+    origin: Path | None,
+    limits: Limits | None,
+    *,
+    ring: MemoryRing,
+    boss: socket.socket,
+) -> None:
+    """What a worker does, until its boss hangs up."""
+    there = os.open(origin, FOLDER) if origin else -1
+    device = DataPlane(os.open(tree, FOLDER), False, limits, origin_fd=there)
+    ring.serve_with(device)
+    kept: list[Profile] = []
+    runner = CacheRunner(device, Learned(context), Memory(), kept.append) if context else None
+    if runner:
+        runner.start()
+    thread = threading.Thread(target=device.run, args=(serve,))
+    thread.start()
+    while boss.recv(1):
+        answer: dict[str, Any] = dict(device.stats())
+        answer["ahead"] = runner.report()["ahead_bytes"] if runner else 0
+        answer["profile"] = kept[0].plain() if kept else None
+        boss.send(json.dumps(answer).encode())
+    if runner:
+        runner.close()
+    device.stop()
+    thread.join()
+    device.close()
 
 
 def boot(one: Guest, order: list[bytes], think: float) -> float:
@@ -209,7 +236,7 @@ def boot(one: Guest, order: list[bytes], think: float) -> float:
         for at in range(0, size, 128 << 10):
             client.read(fid, at, 128 << 10)
         client.clunk(fid)
-        spin(think)
+        time.sleep(think)
     return time.perf_counter() - began
 
 
@@ -268,30 +295,25 @@ class Bench:
         there = lineage(tree)[1] if origin else None
         with guest(tree, context, origin=there, lead=lead) as one:
             seconds = boot(one, self.order, self.given.think)
-            stats = one.device.stats()
-            report = one.runner.report() if one.runner else {}
+            stats = one.ask()
         return {
             "seconds": round(seconds, 3),
             "misses": stats["read_misses"],
             "hits": stats["read_hits"],
             "shared": stats["shared_bytes"],
-            "ahead": report.get("ahead_bytes", 0),
+            "ahead": stats["ahead"],
         }
 
     def learn(self) -> Profile:
         """The profile of the image, from a boot."""
-        kept: list[Profile] = []
-        with (
-            self.cold(disk=False),
-            guest(self.point / "g0", Context(guest="g0", quiet=0.5), remember=kept.append) as one,
-        ):
+        with self.cold(disk=False), guest(self.point / "g0", Context(guest="g0", quiet=0.5)) as one:
             boot(one, self.order, 0.0)
             until = time.monotonic() + 20
-            while not kept and time.monotonic() < until:
+            while time.monotonic() < until:
+                if (kept := one.ask()["profile"]) is not None:
+                    return parse(kept)
                 time.sleep(0.05)
-        if not kept:
-            raise BenchError("nothing was learned")
-        return kept[0]
+        raise BenchError("nothing was learned")
 
     def boots(self, profile: Profile, *, disk: bool) -> dict[str, list[dict[str, Any]]]:
         """All kinds of boots, in turns."""
@@ -328,11 +350,11 @@ class Bench:
                 one.client.lopen(hot)
 
                 def look() -> int:
-                    before = one.device.stats()["read_hits"]
+                    before = int(one.ask()["read_hits"])
                     # Backwards and with gaps, so that neither the kernel nor we take it for a stream.
                     for at in reversed(range(0, self.given.hot_mib * MIB, 64 << 10)):
                         one.client.read(hot, at, 4096)
-                    return one.device.stats()["read_hits"] - before
+                    return int(one.ask()["read_hits"]) - before
 
                 with (self.point / "shared/hot").open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
@@ -349,7 +371,7 @@ class Bench:
                 seconds = time.perf_counter() - began
                 two.client.clunk(fid)
                 after = look()
-                stats = two.device.stats()
+                stats = two.ask()
         return {
             "hits_before": hits,
             "hits_after": after,
@@ -466,7 +488,7 @@ def page(run_: dict[str, Any]) -> str:
         "",
         f"Measured {run_['date']} on a btrfs in a file, without Xen; Linux {run_['kernel']},",
         f"{run_['processors']} processors. A tree of {run_['files']} files and {sizes['tree_mib']} MiB, read in a",
-        f"fixed order with {1000 * sizes['think']:g} ms of computing after each. *Hard disk*: one request after the",
+        f"fixed order with {1000 * sizes['think']:g} ms of waiting after each. *Hard disk*: one request after the",
         "other, 8 ms for a way of over 1 MiB, 2 ms for a shorter one, 120 MiB a second (`tools/slow_disk.py`).",
         f"Median of {sizes['rounds']} rounds, all kinds in turns.",
         "",

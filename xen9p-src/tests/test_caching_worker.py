@@ -1,4 +1,4 @@
-"""A whole worker, shut in, that learns a boot and tells its supervisor; the next one reads ahead. Xen alone is missing."""
+"""A whole worker, shut in, that learns a boot and tells its supervisor; the next one reads ahead."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ def serve_shut_in(clone: Path, golden: Path, ring: MemoryRing, until: int) -> di
     return {"stats": dict(device.stats()), "report": report, "written": written}
 
 
-def test_all_of_it_works_in_a_worker_that_is_shut_in(trees: tuple[Path, Path, Path]) -> None:
+def test_all_of_it_works_confined(trees: tuple[Path, Path, Path]) -> None:
     """The walls leave what it takes: the origin to be read and not written, looks at pages, reading ahead."""
     golden, clone, _ = trees
     (clone / "big").write_bytes(os.urandom(8 << 20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -177,3 +178,40 @@ def test_what_is_missing_is_one_line_and_the_guest_is_served(
     assert len(lines) == 1
     wanted = {"profile": "is no profile", "policy": "cannot be loaded", "origin": "nothing is shared with"}[what]
     assert wanted in lines[0]
+
+
+def test_learning_anew_on_demand(
+    trees: tuple[Path, Path, Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `xen9p cache learn` has it: long after the boot, and in place of what is known."""
+    _, first, _ = trees
+    for number in range(OWN):
+        (first / f"own{number}").write_bytes(b"x")
+    prefetch.save(tmp_path / "profiles", lineage(first)[0], prefetch.Profile({b"usr/other": []}))
+    monkeypatch.setattr("xen9p.cache_runner.QUIET", 0.5)
+    with running(first, tmp_path, Cache(prefetch=True)) as (boss, client, root):
+        client.read_file(root, b"usr/lib")
+        time.sleep(1.5)  # its boot is over
+        boss.send(do="learn")
+        until = time.monotonic() + 20
+        event: dict[str, Any] = {}
+        while not event and time.monotonic() < until:
+            for number in range(OWN):
+                client.read_file(root, b"own%d" % number)
+            event = boss.until("learned")
+    known = prefetch.parse(event["profile"])
+    assert {b"own%d" % number for number in range(OWN)} <= set(known.files)
+    assert b"usr/lib" not in known.files
+
+
+def test_descriptors_are_enough_for_all_fids(tmp_path: Path) -> None:
+    """Also with an origin and with events: what is no fid has some left."""
+    plain, caching = (
+        worker.limits().max_fids,
+        worker.limits(None, {"origin": "/o", "cache": {"prefetch": True}}).max_fids,
+    )
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert 3 * (caching + worker.MOST_EVENTS) + worker.RESERVED_FDS <= max(soft, 3 * (16 + worker.MOST_EVENTS) + 128)
+    assert caching <= plain

@@ -107,7 +107,7 @@ class CacheRunner:
         self._budget = Budget(MOST_FILES, MOST_BYTES, time.monotonic())
         self._hints: deque[Prefetch | Drop] = deque()
         self._lock = threading.Condition()  # of the hints, of what is counted, and of the end
-        self._over = False
+        self._over = self._learn = False
         self._awake = threading.Event()
         self._counts = dict.fromkeys(
             ("ahead_files", "ahead_bytes", "there_bytes", "ahead_gone", "ahead_refused", "dropped_hints"), 0
@@ -137,7 +137,7 @@ class CacheRunner:
 
     def learn(self) -> None:
         """Has the policy learn anew from now on."""
-        self._policy.learn()
+        self._learn = True  # the policy is its thread's
         self._awake.set()
 
     def report(self) -> dict[str, Any]:
@@ -166,6 +166,10 @@ class CacheRunner:
             self._device.events_want(cache_policy.mask(wants))
             self._awake.wait(None if not wants else TICK if Tick in wants else SECOND)
             self._awake.clear()
+            if self._learn:
+                self._learn = False
+                self._policy.learn()
+                self._device.events_want(cache_policy.mask(self._policy.wants()))
             now = time.monotonic()
             batch: list[Event] = []
             while data := self._device.events_read():

@@ -38,6 +38,7 @@ LOG = logging.getLogger(__name__)
 SEND_TIMEOUT = struct.pack("ll", 2, 0)
 MOST_FIDS = 1 << 18
 RESERVED_FDS = 128  # for what is no fid: rings, sockets, the export
+MOST_EVENTS = 4096  # SLOTS in cache_events.c
 HELLO_FIELDS = ("domid", "devid", "guest", "uuid", "tag", "export", "readonly")
 TERMS = ("users", "limits")
 """What of a request may change while the device serves."""
@@ -75,17 +76,22 @@ def prepare_process() -> None:
         keep_capabilities()
 
 
-def limits(wanted: Mapping[str, int] | None = None) -> Limits:
+def limits(wanted: Mapping[str, int] | None = None, request: Mapping[str, Any] | None = None) -> Limits:
     """The limits of a device: as wanted, but no more fids than the process may have descriptors for.
 
     A guest with cache=loose keeps a fid for every name that it has in its dentry cache, so there are many; an open
-    fid has two descriptors.
+    fid has two descriptors, or three with an origin. Events that a caching policy has not seen yet keep theirs.
+
+    Args:
+        request: what started the worker, if it is one.
 
     Raises:
         Xen9pError: a limit is unknown or out of range.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FIDS if soft == resource.RLIM_INFINITY else min(MOST_FIDS, (soft - RESERVED_FDS) // 2)
+    each = 3 if request and request.get("origin") else 2
+    reserved = RESERVED_FDS + (each * MOST_EVENTS if request and request.get("cache") else 0)
+    most = MOST_FIDS if soft == resource.RLIM_INFINITY else min(MOST_FIDS, (soft - reserved) // each)
     try:
         found = Limits(**({"max_fids": MOST_FIDS} | dict(wanted or {})))
     except TypeError:
@@ -173,7 +179,7 @@ class Worker:
                 origin_fd = sandbox.open_origin()
             except OSError:
                 self._plan.problems.append(f"nothing is shared with {origin}: it cannot be mounted")
-        self._limits = limits(self.request.get("limits"))
+        self._limits = limits(self.request.get("limits"), self.request)
         users = from_plain(self.request["users"]) if "users" in self.request else None
         device = DataPlane(root, readonly, self._limits, authenticator, users, origin_fd=origin_fd)
         try:
@@ -336,7 +342,7 @@ class Worker:
     def _settle(self, device: DataPlane, order: Mapping[str, Any]) -> str:
         """Other terms from now on; what keeps them from being taken, in words."""
         try:
-            users, wanted = from_plain(order["users"]), limits(order["limits"])
+            users, wanted = from_plain(order["users"]), limits(order["limits"], self.request)
             device.set_users(users)
         except (Xen9pError, KeyError, TypeError, ValueError) as error:
             return str(error) or type(error).__name__

@@ -87,11 +87,14 @@ def slow(image: Path, point: Path) -> Iterator[Path]:
             time.sleep(0.05)
         yield point / "disk"
     finally:
-        # The kernel lets go of a loop device's file a moment after it has been detached.
-        for _ in range(100):
+        # The kernel lets go of a loop device's file a moment after it has been detached; or much later, if somebody has
+        # made a mount namespace meanwhile (a worker does) and so holds what was mounted.
+        for _ in range(50):
             if not subprocess.run(["umount", point], check=False, capture_output=True).returncode:
                 break
             time.sleep(0.1)
+        else:
+            subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
         process.kill()
         process.communicate()
 
@@ -432,7 +435,7 @@ def in_memory(tree: Path) -> int:
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """All of it."""
-    with tempfile.TemporaryDirectory(prefix="xen9p-cache-", dir=given.folder) as temporary:
+    with tempfile.TemporaryDirectory("", "xen9p-cache-", given.folder, ignore_cleanup_errors=True) as temporary:
         print("    the store", flush=True)
         bench = Bench(Path(temporary), given)
         profile = bench.learn()

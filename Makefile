@@ -62,6 +62,11 @@ bench-dedup: ## de-duplication of drifted guests, against duperemove on files an
 	@tools/bootstrap dedup
 	@$(PYTHON) tools/bench_dedup.py $(ARGS)
 
+.PHONY: bench-cache
+bench-cache: ## boots that are read ahead of, streams, clones that share pages; as root, no Xen needed
+	@tools/bootstrap dedup
+	@$(PYTHON) tools/bench_cache.py $(ARGS)
+
 .PHONY: sanitize
 sanitize: ## the tests that are mostly C, on a data plane with sanitizers: address and undefined, then thread
 	@tools/bootstrap check

@@ -23,8 +23,12 @@ FUZZ_SECONDS = "5"
 PACKAGE = "xen9p-src/tests"
 # Those that make filesystems and mounts: half of the package's time, so they run beside the others.
 STORE = [
-    f"{PACKAGE}/test_{n}.py" for n in ("dedup", "fuse", "path", "restore", "snapshot", "snapshot_commands", "torture")
-]
+    f"{PACKAGE}/test_{n}.py"
+    for n in (
+        "cache_commands", "caching_worker", "dedup", "fuse", "origin", "path", "prefetch", "restore", "snapshot",
+        "snapshot_commands", "streams", "torture",
+    )
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,16 @@ def render(template: str, variables: dict[str, Any]) -> str:
     return str(templar.template(trust_as_template(text), convert_data=False))
 
 
-def policy_of(rules: list[dict[str, Any]], exports: dict[str, Any], more: dict[str, Any]) -> policy.Policy:
+def policy_of(
+    rules: list[dict[str, Any]], exports: dict[str, Any], more: dict[str, Any], cache_policy: str = ""
+) -> policy.Policy:
     """What the service gets."""
     variables = {
         "xen9p_exports": exports,
         "xen9p_guest_exports": more["exports"],
         "xen9p_rules": rules,
         "xen9p_guest_rules": more["rules"],
+        "xen9p_cache_policy": cache_policy,
     }
     return policy.parse(render("xen9p/templates/policy.toml.j2", variables))
 
@@ -74,12 +77,16 @@ def test_everything_that_a_rule_may_say() -> None:
 
 def test_guests_check_their_own_roots_and_the_host_checks_what_they_share() -> None:
     defaults = yaml.safe_load((ROLES / "guest/defaults/main.yml").read_text())
-    variables = {name: defaults[name] for name in ("guest_guests", "guest_mounts", "guest_user_devices")}
+    variables = {
+        name: defaults[name] for name in ("guest_guests", "guest_mounts", "guest_user_devices", "guest_root_cache")
+    }
     variables |= {
         "guest_store": "/srv/xen9p",
         "guest_exports": {n: {"path": f"/srv/xen9p/{n}"} for n in ("home", "course")},
     }
     variables["guest_mounts"][1]["limits"] = {"fids": 5000}
+    variables["guest_mounts"][1]["cache"] = {"streams": False}
+    variables["guest_guests"][1]["cache"] = {"share": False, "weight": 200}
     made = json.loads(render("guest/templates/policy.json.j2", variables))
     got = policy_of([], {}, made)
     grants = {(guest, grant.tag): grant for guest in ("g1", "g2") for grant in got.resolve(guest, "")}
@@ -89,4 +96,16 @@ def test_guests_check_their_own_roots_and_the_host_checks_what_they_share() -> N
         assert (home.terms.checks, home.terms.special, home.readonly) == (True, True, False)
         assert (course.terms.checks, course.terms.special, course.readonly) == (True, False, True)
         assert (user.terms.checks, user.frontend) == (True, "user")
-        assert dict(course.terms.limits) == {"max_fids": 5000}
+        assert dict(course.terms.limits) == {"max_fids": 5000, "stream_bytes": 0}
+        assert (root.cache.prefetch, home.cache.prefetch) == (True, False)
+        assert (root.cache.share, root.cache.weight) == ((True, 0) if guest == "g1" else (False, 200))
+
+
+def test_another_caching_policy() -> None:
+    rules = [
+        {"guest": "a", "export": "e", "tag": "t", "cache": {"prefetch": True, "streams": "4M", "options": {"n": 3}}}
+    ]
+    got = policy_of(rules, {"e": {"path": "/e"}}, {"exports": {}, "rules": []}, "ours.caching:Eager")
+    (grant,) = got.resolve("a", "")
+    assert grant.cache == policy.Cache(prefetch=True, policy="ours.caching:Eager", options=(("n", 3),))
+    assert dict(grant.terms.limits) == {"stream_bytes": 4 << 20}

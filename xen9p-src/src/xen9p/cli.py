@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from xen9p import __version__, auth, control, dedup_options, file_options, options, policy, snapshot_options
+from xen9p import __version__, auth, cache_options, control, dedup_options, file_options, options, policy, snapshot_options
 from xen9p.errors import Xen9pError
 
 EXIT_USAGE: Final = 2
@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--tcp", metavar="HOST:PORT", type=file_options.host_port, help="listen on a TCP port")
     _keys(commands)
     dedup_options.add(commands)
+    cache_options.add(commands, _runtime)
     file_options.add(commands)
     return top
 
@@ -280,7 +281,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"added the key {args.name} to {args.file}")
         case "serve":
             return _serve(args)
-        case "mount" | "snapshot" | "dedup":
+        case "mount" | "snapshot" | "dedup" | "cache":
             return _elsewhere(args)
         case command if command in file_options.NAMES:
             from xen9p.file_commands import run as work_on_files  # noqa: PLC0415
@@ -303,6 +304,10 @@ def _elsewhere(args: argparse.Namespace) -> int:
         from xen9p.mount import run as mount  # noqa: PLC0415
 
         return mount(args)
+    if args.command == "cache":
+        from xen9p.cache_commands import command as cache  # noqa: PLC0415
+
+        return cache(args)
     if args.command == "dedup":
         from xen9p.dedup_commands import command as dedup  # noqa: PLC0415
 

@@ -1,7 +1,8 @@
 """The conversation between the ``xen9p`` command and the supervisor: JSON lines on a Unix socket.
 
 Requests: {"do": "status"}, {"do": "metrics"}, {"do": "attach", "guest", "export", "tag", "readonly"}, {"do":
-"detach", "guest", "tag"}, {"do": "reload"}, {"do": "pause", "paths", "force"}, {"do": "resume"}. Each gets one answer:
+"detach", "guest", "tag"}, {"do": "reload"}, {"do": "learn", "guest", "tag"}, {"do": "pause", "paths", "force"},
+{"do": "resume"}. Each gets one answer:
 {"ok": true, ...} or {"ok": false, "error", "hint", "exit"}. A pause ends with its connection. Only root can connect.
 """
 
@@ -69,6 +70,14 @@ class Detach:
 
 
 @dataclass(frozen=True, slots=True)
+class Learn:
+    """Learn what a guest reads through a tag, from now on."""
+
+    guest: str
+    tag: str
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     """Have all devices stand still that can write to what is in or above these directories."""
 
@@ -82,7 +91,7 @@ class Resume:
     """End this connection's pause."""
 
 
-Request = Status | Metrics | Reload | Attach | Detach | Pause | Resume
+Request = Status | Metrics | Reload | Attach | Detach | Learn | Pause | Resume
 
 
 def to_wire(request: Request) -> Object:
@@ -98,6 +107,8 @@ def to_wire(request: Request) -> Object:
             return {"do": "attach", "guest": guest, "export": export, "tag": tag, "readonly": readonly}
         case Detach(guest, tag):
             return {"do": "detach", "guest": guest, "tag": tag}
+        case Learn(guest, tag):
+            return {"do": "learn", "guest": guest, "tag": tag}
         case Pause(paths, force):
             return {"do": "pause", "paths": list(paths), "force": force}
         case Resume():
@@ -124,6 +135,8 @@ def from_wire(value: Object) -> Request:
             return Attach(guest, export, tag, readonly)
         case {"do": "detach", "guest": str(guest), "tag": str(tag), **rest} if not rest:
             return Detach(guest, tag)
+        case {"do": "learn", "guest": str(guest), "tag": str(tag), **rest} if not rest:
+            return Learn(guest, tag)
         case {"do": "pause", "paths": list(paths), "force": bool(force), **rest} if not rest:
             if all(isinstance(path, str) and path.startswith("/") for path in paths):
                 return Pause(tuple(paths), force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from xen9p import policy, quota, snapshot
@@ -62,6 +63,7 @@ def _given(rules: Policy, rule: Rule) -> dict[str, Any]:
         **_terms(grant.terms),
         "quota": None if most is None else {"bytes": most.bytes, "files": most.files},
         "snapshots": rule.snapshots or None,
+        "cache": dataclasses.asdict(rule.cache) | {"options": dict(rule.cache.options)},
         "problems": problems,
     }
 
@@ -73,7 +75,8 @@ def _terms(terms: Terms) -> dict[str, Any]:
         "identity": str(terms.identity),
         "groups": terms.groups if terms.checks else None,
         "special": terms.special,
-        "limits": {theirs[ours]: value for ours, value in terms.limits},
+        "limits": {theirs[ours]: value for ours, value in terms.limits if ours in theirs},
+        "streams": dict(terms.limits).get("stream_bytes"),
     }
 
 
@@ -108,9 +111,23 @@ def _lines(one: dict[str, Any]) -> list[str]:
         ("limits", ", ".join(limits) or "the worker's own"),
         ("quota", "none" if most is None else f"{quota.Quota(**most)}, for all guests of the directory together"),
         ("snapshots", f"read-only, as tag {one['snapshots']}" if one["snapshots"] else "not shown"),
+        ("cache", _cache(one)),
         *(("problem", problem) for problem in one["problems"]),
     ]
     return [f"{name:<9} {value}" for name, value in rows if value]
+
+
+def _cache(one: dict[str, Any]) -> str:
+    said = one["cache"]
+    streams = one["streams"]
+    words = [
+        "its boot is learned and read ahead of" if said["prefetch"] else "",
+        "unchanged files are read through the tree that it was cloned from" if said["share"] else "",
+        "no streams" if streams == 0 else f"streams from {size_text(streams)} on" if streams else "",
+        f"weight {said['weight']}" if said["weight"] else "",
+        f"policy {said['policy']}" if said["policy"] else "",
+    ]
+    return ", ".join(word for word in words if word)
 
 
 def _amount(name: str, value: int) -> str:

@@ -85,6 +85,21 @@ _PLAIN: Final[tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], float | N
         "Seconds that requests have waited for a limit.",
         lambda d: None if (us := _of(d, "throttled_us")) is None else us / 1e6,
     ),
+    ("read_hits_total", "counter", "Reads that the page cache had all of.", lambda d: _of(d, "read_hits")),
+    ("read_misses_total", "counter", "Reads that had to wait for the disk.", lambda d: _of(d, "read_misses")),
+    ("read_hit_bytes_total", "counter", "Bytes of reads that were hits.", lambda d: _of(d, "hit_bytes")),
+    ("read_miss_bytes_total", "counter", "Bytes of reads that were misses.", lambda d: _of(d, "miss_bytes")),
+    ("shared_read_bytes_total", "counter", "Bytes read through a clone's origin.", lambda d: _of(d, "shared_bytes")),
+    ("streams_total", "counter", "Sequential reads and writes that were streams.", lambda d: _of(d, "streams")),
+    ("stream_dropped_bytes_total", "counter", "Bytes dropped behind streams.", lambda d: _of(d, "dropped_bytes")),
+    ("stream_spared_bytes_total", "counter", "Bytes in streams' way left alone.", lambda d: _of(d, "spared_bytes")),
+    ("prefetched_bytes_total", "counter", "Bytes read ahead of the guest.", lambda d: _ahead(d, "ahead_bytes")),
+    (
+        "prefetched_files_total",
+        "counter",
+        "Files found or read ahead of the guest.",
+        lambda d: _ahead(d, "ahead_files"),
+    ),
     ("worker_restarts_total", "counter", "Workers that died and were replaced.", lambda d: d.get("restarts")),
     ("violations_total", "counter", "Times that the guest broke the protocol.", lambda d: d.get("violations")),
 )
@@ -92,6 +107,11 @@ _PLAIN: Final[tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], float | N
 
 def _of(device: Mapping[str, Any], name: str) -> float | None:
     value = device["detail"].get(name)
+    return None if value is None else float(value)
+
+
+def _ahead(device: Mapping[str, Any], name: str) -> float | None:
+    value = (device["detail"].get("cache") or {}).get(name)
     return None if value is None else float(value)
 
 

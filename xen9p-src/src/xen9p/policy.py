@@ -1,6 +1,7 @@
 """Which guest may have which export, under which tag, and how: the TOML policy, typed and checked.
 
 version = 1
+cache_policy = "xen9p.prefetch_policy:Learned" # or another MODULE:CLASS; see cache_policy.py
 [exports.home]
 path = "/srv/xen9p/home"
 [[rules]]
@@ -17,12 +18,14 @@ groups = "own"      # or "host", or {1000 = [1000, 100]}; default "own"
 special = false     # whether device nodes, FIFOs and sockets may be made; default false
 quota = {bytes = "2G", files = 100000}
 snapshots = true    # the export's snapshots, read-only, under the tag TAG-snapshots; or another tag; default false
+cache = {prefetch = true, share = true, streams = "16M", weight = 100} # see Cache; streams = false: none
 [rules.limits]
 fids = 10000
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -45,11 +48,12 @@ VERSION: Final = 1
 # Tags and export names end up in XenStore, in mount tables, in log lines and in file names.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}")
 _GUEST: Final = re.compile(r"[A-Za-z0-9._*?\[\]!:+@-]{1,255}")
+_POLICY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 _RULE_KEYS: Final = (
     "guest", "uuid", "export", "tag", "access", "attach", "frontend", "keys",
-    "checks", "identity", "groups", "special", "limits", "quota", "snapshots",
+    "checks", "identity", "groups", "special", "limits", "quota", "snapshots", "cache",
 )  # fmt: skip
 _NAME_HELP: Final = "use 1 to 31 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 
@@ -85,6 +89,27 @@ class Terms:
         elif self.checks:
             groups = users.listed(self.identity, dict(self.table))
         return Users(self.identity, self.checks, self.special, groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What the host does to have in memory what a guest will read. cache.streams is among Terms.limits.
+
+    Attributes:
+        prefetch: whether what guests of this image read at boot is learned, and read ahead of.
+        share: whether files that a clone has unchanged are read through the tree that it was cloned from.
+        weight: the guest's part of the host's page cache and disk, 100 for the usual one; 0: nobody keeps account.
+        learn: seconds that a boot lasts at the most.
+        policy: the class that decides, MODULE:CLASS; "" for the built-in one. For the whole file.
+        options: for that class.
+    """
+
+    prefetch: bool = False
+    share: bool = False
+    weight: int = 0
+    learn: int = 120
+    policy: str = ""
+    options: tuple[tuple[str, str | int | float | bool], ...] = ()
 
 
 # What a rule calls a limit, and what the data plane does.
@@ -131,6 +156,7 @@ class Rule:
     """A file of keys; who attaches has to prove that it has one of them."""
     snapshots: str = ""
     """The tag under which the guest has the export's snapshots, "" for none."""
+    cache: Cache = field(default_factory=Cache)
     number: int = 0
     """Its place in the file, from 1."""
 
@@ -161,6 +187,7 @@ class Grant:
     keys: Path | None = None
     of: Export | None = None
     """The export whose snapshots these are, if they are."""
+    cache: Cache = field(default_factory=Cache)
 
     def later(self, now: Grant | None) -> str:
         """What of a device made by this grant another one changes at its next attach only, in words; "" for nothing."""
@@ -205,7 +232,8 @@ class Policy:
     def grant(self, rule: Rule) -> Grant:
         """What a rule gives."""
         path = self.exports[rule.export].path
-        return Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, rule.frontend, rule.terms, rule.keys)
+        kind = rule.frontend, rule.terms, rule.keys
+        return Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, *kind, cache=rule.cache)
 
     def snapshots(self, rule: Rule) -> Grant:
         """What a rule gives of its export's snapshots."""
@@ -325,15 +353,17 @@ class _Parser:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self._cache_policy = ""
 
     def policy(self, document: dict[str, Any], source: str) -> Policy:
-        self._known(document, "the file", ("version", "exports", "rules"))
+        self._known(document, "the file", ("version", "exports", "rules", "cache_policy"))
         version = document.get("version")
         if version is None:
             self.problems.append(f"version is missing (begin the file with: version = {VERSION})")
         elif version != VERSION or isinstance(version, bool):
             self.problems.append(f"version is {version!r} (this xen9p reads version = {VERSION})")
         exports = self._exports(document.get("exports", {}))
+        self._cache_policy = self._named_class(document)
         rules = self._rules(document.get("rules", []), exports)
         self._duplicates(rules)
         self._quotas(rules, exports)
@@ -395,10 +425,12 @@ class _Parser:
         terms = self._terms(table, where)
         most = self._quota(table, where)
         snapshots = self._snapshots(table.get("snapshots", False), tag, where)
+        cache, streams = self._cache(table, where)
+        terms = dataclasses.replace(terms, limits=terms.limits + streams)
         if len(self.problems) > before or export is None or tag is None:
             return None
         readonly, auto = access == "ro", attach == "auto"
-        return Rule(guest, uuid, export, tag, readonly, auto, frontend, terms, most, keys, snapshots, number)
+        return Rule(guest, uuid, export, tag, readonly, auto, frontend, terms, most, keys, snapshots, cache, number)
 
     def _keys(self, table: dict[str, Any], where: str, frontend: str) -> Path | None:
         path = self._string(table, "keys", where, default="")
@@ -409,6 +441,45 @@ class _Parser:
         elif frontend != "user":
             self.problems.append(f'{where}: keys have no use with frontend = "kernel" (v9fs has none; write "user")')
         return Path(path)
+
+    def _named_class(self, document: dict[str, Any]) -> str:
+        name = self._string(document, "cache_policy", "the file", default="")
+        if name and not _POLICY.fullmatch(name):
+            self.problems.append(f'cache_policy is "{name:.80}" (write "module:Class", as Python names them)')
+        return name or ""
+
+    def _cache(self, table: dict[str, Any], where: str) -> tuple[Cache, tuple[tuple[str, int], ...]]:
+        """What a rule says of caching; of streams, as a limit."""
+        given = table.get("cache", {})
+        if not isinstance(given, dict):
+            self.problems.append(f"{where}: cache is {given!r:.60} (write {{prefetch = true}} or [rules.cache])")
+            return Cache(policy=self._cache_policy), ()
+        self._known(given, f"{where}: cache", ("prefetch", "share", "streams", "weight", "learn", "options"))
+        switches = {}
+        for name in ("prefetch", "share"):
+            switches[name] = given.get(name, False)
+            if not isinstance(switches[name], bool):
+                self.problems.append(f"{where}: cache.{name} is {switches[name]!r:.60} (write true or false)")
+        weight = self._integer(given["weight"], f"{where}: cache.weight", 1, 10_000) if "weight" in given else 0
+        learn = self._integer(given.get("learn", 120), f"{where}: cache.learn", 1, 3600)
+        options = given.get("options", {})
+        if not isinstance(options, dict) or not all(isinstance(v, str | int | float | bool) for v in options.values()):
+            self.problems.append(f"{where}: cache.options is {options!r:.60} (write {{NAME = text or number}})")
+            options = {}
+        streams: tuple[tuple[str, int], ...] = ()
+        if (value := given.get("streams", True)) is False:
+            streams = (("stream_bytes", 0),)
+        elif value is not True:
+            streams = (("stream_bytes", self._size(value, f"{where}: cache.streams", 1 << 20, 1 << 40)),)
+        found = Cache(
+            switches["prefetch"] is True,
+            switches["share"] is True,
+            weight,
+            learn,
+            self._cache_policy,
+            tuple(sorted(options.items())),
+        )
+        return found, streams
 
     def _snapshots(self, value: object, tag: str | None, where: str) -> str:
         if not isinstance(value, bool | str):

@@ -17,6 +17,8 @@ from xen9p.errors import Xen9pError
 
 EXPORT: Final = "/tmp/export"
 """Where a caged export is until the door shuts; /export afterwards (CAGE in sandbox.c)."""
+ORIGIN: Final = "/tmp/origin"
+"""The same of the tree that it was cloned from."""
 
 # Numbers of linux/capability.h: what the guests' users may need to have done on their files. The caller's identity
 # takes most of them off the threads' effective sets; it cannot put back what is not here.
@@ -53,8 +55,11 @@ def go_private() -> None:
     _raise(lib.x9_cage_alone())
 
 
-def cage(path: str, readonly: bool) -> int:
+def cage(path: str, readonly: bool, origin: str | None = None) -> int:
     """Makes a mount namespace with an export alone in a new root, still ajar; a descriptor of the export in there.
+
+    Args:
+        origin: the tree that the export was cloned from: it is there too, read-only, for open_origin().
 
     The process must have no other thread yet, and no descriptor of a directory.
 
@@ -63,16 +68,25 @@ def cage(path: str, readonly: bool) -> int:
     """
     prepare()
     step = ffi.new("const char **")
-    err = lib.x9_cage_build(os.fsencode(path), readonly, step)
+    err = lib.x9_cage_build(os.fsencode(path), readonly, os.fsencode(origin) if origin else ffi.NULL, step)
     if err:
         name = ffi.string(step[0]).decode()
         if name == "taking the export" and err != errno.EPERM:
             raise Xen9pError(f"cannot serve {path}: {os.strerror(err)}", "an export is an existing directory", err)
         raise _failure(name, err, "a worker starts as root with CAP_SYS_ADMIN")
-    return os.open(EXPORT, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return _open_tree(EXPORT)
 
 
-def shut(export_fd: int, readonly: bool) -> list[str]:
+def open_origin() -> int:
+    """A descriptor of the tree that cage() was told of, before the door shuts. Raises OSError."""
+    return _open_tree(ORIGIN)
+
+
+def _open_tree(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def shut(export_fd: int, readonly: bool, origin_fd: int = -1) -> list[str]:
     """Shuts a caged worker in for good; what the kernel has no means for, in words.
 
     Raises:
@@ -82,7 +96,7 @@ def shut(export_fd: int, readonly: bool) -> list[str]:
     err = lib.x9_cage_shut(step)
     if err:
         raise _failure(ffi.string(step[0]).decode(), err, "a worker starts as root with CAP_SYS_ADMIN")
-    return _give_up(export_fd, readonly)
+    return _give_up(export_fd, readonly, origin_fd=origin_fd)
 
 
 def confine_server(export_fd: int, readonly: bool, address: tuple[str, int] | str) -> list[str]:
@@ -105,7 +119,7 @@ def confine_server(export_fd: int, readonly: bool, address: tuple[str, int] | st
             os.close(folder_fd)
 
 
-def _give_up(export_fd: int, readonly: bool, remove_fd: int = -1) -> list[str]:
+def _give_up(export_fd: int, readonly: bool, remove_fd: int = -1, origin_fd: int = -1) -> list[str]:
     """Capabilities, core files, Landlock, system calls: in this order, as each takes away what the one before needs."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for name, err in (
@@ -114,7 +128,7 @@ def _give_up(export_fd: int, readonly: bool, remove_fd: int = -1) -> list[str]:
     ):
         if err:
             raise _failure(name, err)
-    version = lib.x9_landlock(export_fd, readonly, remove_fd)
+    version = lib.x9_landlock(export_fd, readonly, remove_fd, origin_fd)
     missing = []
     if version <= 0:
         reason = os.strerror(-version) if version else "the kernel has none, or one before Linux 5.19"

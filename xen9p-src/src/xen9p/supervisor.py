@@ -19,10 +19,12 @@ from typing import Final
 from xen9p import __version__, device, journal, policy, quotas, snapshot, workers, xenbus
 from xen9p.blink import Blink
 from xen9p.budget import Budget
+from xen9p.caching import Caching
 from xen9p.control import (
     Answer,
     Attach,
     Detach,
+    Learn,
     Metrics,
     Pause,
     Reload,
@@ -141,6 +143,7 @@ class Supervisor:
         self.runtime = runtime
         self.guests: dict[int, Guest] = {}
         self.blink = Blink(loop)
+        self.caching = Caching(loop)
         self._watched_fd = -1
         self._resync_timer = 0
         self._quotas = quotas.Quotas(loop, (state or runtime) / quotas.FILE, self._give_all)
@@ -468,7 +471,7 @@ class Supervisor:
                 managed.refusal = str(error)
                 managed.say("error", f"keeps its terms: {error}")
                 terms = managed.terms
-            managed.grant = dataclasses.replace(was, terms=now.terms)
+            managed.grant = dataclasses.replace(was, terms=now.terms, cache=now.cache)  # cache: for its next worker
             if terms != managed.terms:
                 managed.terms = terms
                 if managed.worker is not None and not managed.deaf:
@@ -524,6 +527,7 @@ class Supervisor:
 
         path = workers.socket_path(self.runtime, managed.owner.id.domid, managed.devid)
         managed.worker = worker = Worker(self.loop, path, ready, gone)
+        worker.learned = partial(self.caching.learned, managed.owner.id)
         return worker
 
     def _spawn(self, managed: Managed, rings: tuple[device.Ring, ...]) -> None:
@@ -556,8 +560,10 @@ class Supervisor:
             "readonly": grant.readonly,
             "keys": str(grant.keys) if grant.keys else None,
             **managed.terms,
+            **self.caching.plan(grant),
             "socket": str(workers.socket_path(self.runtime, who.domid, managed.devid)),
         }
+        worker.born = partial(self.caching.weigh, who, grant.cache.weight)
         self.zygote.spawn(worker, request)
         if not grant.readonly:
             self.blink.joined((managed.name, grant.path, worker))
@@ -659,6 +665,8 @@ class Supervisor:
                 self._attach_by_hand(request, answer)
             case Detach():
                 self._detach_by_hand(request, answer)
+            case Learn():
+                self._learn(request, answer)
             case Pause(paths, force):
                 self.blink.begin(paths, self._writers(), force, answer)
             case Resume():
@@ -749,6 +757,20 @@ class Supervisor:
         guest.detached.add(request.tag)
         managed.waiters.append(lambda: answer({"ok": True}))
         self._perform(managed, managed.machine.detach())
+
+    def _learn(self, request: Learn, answer: Answer) -> None:
+        guest = self._named(request.guest)
+        managed = guest.by_tag(request.tag)
+        if managed is None or managed.worker is None or not managed.worker.is_ready:
+            tags = ", ".join(sorted(d.grant.tag for d in guest.devices.values())) or "none"
+            raise ControlError(f"guest {guest.id.name} has no tag {request.tag} that is served", f"its tags: {tags}")
+        if not managed.grant.cache.prefetch:
+            raise RefusedError(
+                f"the policy wants nothing learned of guest {guest.id.name}, tag {request.tag}",
+                f"add cache = {{prefetch = true}} to its rule in {self.policy.source}, reload, start the guest anew",
+            )
+        managed.worker.learn()
+        answer({"ok": True, "seconds": managed.grant.cache.learn})
 
     def _collect(self, what: str, done: Callable[[], None]) -> None:
         """Fetches fresh stats or metrics of all workers, then calls done; those that are slow keep their old ones."""

@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from xen9p import auth, journal, sandbox, server, tracer
+from xen9p.cache_runner import CacheRunner, Plan
 from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
 from xen9p.errors import Xen9pError, describe
+from xen9p.prefetch import Profile
 from xen9p.terms import TERMS
 from xen9p.users import Users, from_plain
 
@@ -37,6 +39,7 @@ LOG = logging.getLogger(__name__)
 SEND_TIMEOUT = struct.pack("ll", 2, 0)
 MOST_FIDS = 1 << 18
 RESERVED_FDS = 128  # for what is no fid: rings, sockets, the export
+MOST_EVENTS = 4096  # SLOTS in cache_events.c
 HELLO_FIELDS = ("domid", "devid", "guest", "uuid", "tag", "export", "readonly")
 PR_SET_NAME = 15
 STAND_STILL = 2.0
@@ -72,17 +75,22 @@ def prepare_process() -> None:
         keep_capabilities()
 
 
-def limits(wanted: Mapping[str, int] | None = None) -> Limits:
+def limits(wanted: Mapping[str, int] | None = None, request: Mapping[str, Any] | None = None) -> Limits:
     """The limits of a device: as wanted, but no more fids than the process may have descriptors for.
 
     A guest with cache=loose keeps a fid for every name that it has in its dentry cache, so there are many; an open
-    fid has two descriptors.
+    fid has two descriptors, or three with an origin. Events that a caching policy has not seen yet keep theirs.
+
+    Args:
+        request: what started the worker, if it is one.
 
     Raises:
         Xen9pError: a limit is unknown or out of range.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FIDS if soft == resource.RLIM_INFINITY else min(MOST_FIDS, (soft - RESERVED_FDS) // 2)
+    each = 3 if request and request.get("origin") else 2
+    reserved = RESERVED_FDS + (each * MOST_EVENTS if request and request.get("cache") else 0)
+    most = MOST_FIDS if soft == resource.RLIM_INFINITY else min(MOST_FIDS, (soft - reserved) // each)
     try:
         found = Limits(**({"max_fids": MOST_FIDS} | dict(wanted or {})))
     except TypeError:
@@ -109,6 +117,8 @@ class Worker:
         self._tracers: set[threading.Thread] = set()
         self._limits = Limits()
         self._pauser: socket.socket | None = None
+        self._plan = Plan({})
+        self._caching: CacheRunner | None = None
 
     def run(self) -> int:
         """Prepares, waits for the rings, maps, serves, ends.
@@ -127,6 +137,9 @@ class Worker:
         threading.Thread(target=self._listen, name="control", daemon=True).start()
         if device is None:
             return self._fail(failure)
+        if caching := self._plan.runner(device, self._learned):
+            self._caching = caching
+            caching.start()  # now: what the guest will read can be there before it asks
         try:
             rings = self._wait_for_rings()
             self._map(device, rings)
@@ -141,6 +154,7 @@ class Worker:
                 self._ready = {"event": "ready", "order": device.order, "rings": len(rings)}
                 self._tell(self._ready)
         verdict = device.run(server.serve)
+        self._end_caching()
         reason = device.reason
         with self._lock:  # nobody asks for statistics meanwhile
             self.device = self._made = None
@@ -156,22 +170,40 @@ class Worker:
         readonly = bool(self.request["readonly"])
         keys = self.request.get("keys")  # a path; the policy says whether this device wants a key
         authenticator = auth.Authenticator(auth.load(Path(keys))) if keys else None
-        root = sandbox.cage(self.request["path"], readonly)
-        self._limits = limits(self.request.get("limits"))
+        self._plan = Plan(self.request)  # it reads files and imports what there will be no way to
+        origin, origin_fd = self.request.get("origin"), -1
+        root = sandbox.cage(self.request["path"], readonly, origin)
+        if origin:
+            try:
+                origin_fd = sandbox.open_origin()
+            except OSError:
+                self._plan.problems.append(f"nothing is shared with {origin}: it cannot be mounted")
+        self._limits = limits(self.request.get("limits"), self.request)
         users = from_plain(self.request["users"]) if "users" in self.request else None
-        device = DataPlane(root, readonly, self._limits, authenticator, users)
+        device = DataPlane(root, readonly, self._limits, authenticator, users, origin_fd=origin_fd)
         try:
             device.open_xen()
-            missing = sandbox.shut(root, readonly)
+            missing = sandbox.shut(root, readonly, origin_fd)
         except Xen9pError:
             device.close()
             raise
-        for what in missing:
+        for what in [*missing, *self._plan.problems]:
             print(f"xen9p: worker {self.request['domid']}/{self.request['devid']}: {what}", file=sys.stderr, flush=True)
         return device
 
+    def _learned(self, profile: Profile) -> None:
+        """Has the supervisor keep a profile; one that is not there now misses it, and the next boot is learned."""
+        with self._lock:
+            self._tell({"event": "learned", "image": self._plan.image, "profile": profile.plain()})
+
+    def _end_caching(self) -> None:
+        caching, self._caching = self._caching, None
+        if caching is not None:
+            caching.close()
+
     def _fail(self, error: Xen9pError) -> int:
         """Says why there will be no service, if need be to a supervisor that is just about to connect."""
+        self._end_caching()
         with self._told:
             self._last = {"event": "failed", "reason": str(error)}
             if self._clients:
@@ -193,6 +225,7 @@ class Worker:
         except Xen9pError:
             with self._lock:
                 self._made = None
+            self._end_caching()
             device.close()
             raise
 
@@ -274,7 +307,11 @@ class Worker:
                 case "stats" if self.device:
                     self._send(client, {"event": "stats"} | dict(self.device.stats()))
                 case "metrics" if self.device:
-                    self._send(client, {"event": "metrics"} | seen(self.device))
+                    caching = {"cache": self._caching.report()} if self._caching else {}
+                    self._send(client, {"event": "metrics"} | seen(self.device) | caching)
+                case "learn":
+                    if self._caching is not None:
+                        self._caching.learn()
 
     def _pause(self, client: socket.socket, number: object) -> None:
         """Has the device stand still, and says how much does not: 0 for a moment that a snapshot can be taken in."""
@@ -304,7 +341,7 @@ class Worker:
     def _settle(self, device: DataPlane, order: Mapping[str, Any]) -> str:
         """Other terms from now on; what keeps them from being taken, in words."""
         try:
-            users, wanted = from_plain(order["users"]), limits(order["limits"])
+            users, wanted = from_plain(order["users"]), limits(order["limits"], self.request)
             device.set_users(users)
         except (Xen9pError, KeyError, TypeError, ValueError) as error:
             return str(error) or type(error).__name__

@@ -50,6 +50,10 @@ class Worker:
         self.is_ready = False
         self.has_rings = False
         self.refusal = ""  # why it keeps other terms than it was told last
+        self.learned: Callable[[Object], None] | None = None
+        """Is called with what it wants to have kept of its guest's boot."""
+        self.born: Callable[[int], None] | None = None
+        """Is called with its pid as soon as it has one."""
         self._loop = loop
         self._path = path
         self._ready_callback = ready
@@ -72,6 +76,8 @@ class Worker:
         self._watch(pid)
         if self._ended:
             return
+        if self.born is not None:
+            self.born(pid)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.connect(str(self._path))
@@ -114,6 +120,10 @@ class Worker:
     def pauses(self) -> bool:
         """Whether it knows how: one of an earlier version does not."""
         return not self.hello or "pauses" in self.hello
+
+    def learn(self) -> None:
+        """Has it learn what its guest reads, from now on."""
+        self._ask({"do": "learn"})
 
     def pause(self, paused: Callable[[int], None]) -> None:
         """Has it stand still for a moment; paused() is told how much it is still doing to files, 0 for nothing."""
@@ -211,6 +221,8 @@ class Worker:
                 log.error("worker pid=%s keeps its terms: %s", self.pid, self.refusal)
         elif kind == "paused" and event.get("id") == self._pauses:  # a late answer says nothing about the next pause
             self._tell_paused(int(event["left"]))
+        elif kind == "learned" and self.learned is not None:
+            self.learned(event)
         elif kind == "resumed":
             self._tell_resumed(event.get("held") is True)
         elif kind in ("failed", "ended", "hangup", "stopped"):

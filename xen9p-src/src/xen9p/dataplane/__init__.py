@@ -35,7 +35,8 @@ _QID = struct.Struct("<BIQ")
 _SQUASH = {"": 0, "root": lib.X9_SQUASH_ROOT, "all": lib.X9_SQUASH_ALL}
 _STATS = (
     "requests", "read_bytes", "written_bytes", "errors", "fids", "in_flight", "queued",
-    "bytes", "throttled", "throttled_us",
+    "bytes", "throttled", "throttled_us", "read_hits", "read_misses", "hit_bytes", "miss_bytes", "streams",
+    "streamed_bytes", "dropped_bytes", "spared_bytes", "shared_bytes", "cache_events_lost",
 )  # fmt: skip
 
 
@@ -63,6 +64,7 @@ class Limits:
         bytes_per_second: of messages, to and from the peer; 0 for no limit. The same holds.
         max_write: bytes of data in one write, as clients are asked to keep to it with the iounit of files opened for
             writing, from 4096 on; 0 for as much as fits into a message.
+        stream_bytes: of one file in a row, from which on they are a stream (streams.c); 0 for never.
         pool_threads: C threads for what may wait, at most 16.
         python_threads: threads for cold messages.
         spin_us: microseconds of looking before sleeping; None for as long as pays on this machine (spin_us()).
@@ -78,6 +80,7 @@ class Limits:
     ops_per_second: int = 0
     bytes_per_second: int = 0
     max_write: int = 0
+    stream_bytes: int = 16 << 20
     pool_threads: int = 4
     python_threads: int = 2
     spin_us: int | None = None
@@ -103,6 +106,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "ops_per_second": (0, MAX_RATE),
     "bytes_per_second": (0, MAX_RATE),
     "max_write": (0, 1 << 24),
+    "stream_bytes": (0, 1 << 40),
 }
 
 
@@ -137,6 +141,8 @@ class DataPlane:
     Args:
         authenticator: of this peer alone; without one it is known already, and need not prove who it is.
         users: what the peer's users are and may; without, they are as they say and their kernel checks.
+        origin_fd: a descriptor of the read-only tree that the export was cloned from, which it owns as well: files that
+            are unchanged since are read through that one (origin.c). -1: without.
 
     Raises:
         Xen9pError: out of memory, or root_fd is not usable.
@@ -149,15 +155,19 @@ class DataPlane:
         limits: Limits | None = None,
         authenticator: Authenticator | None = None,
         users: Users | None = None,
+        *,
+        origin_fd: int = -1,
     ) -> None:
         self.limits = limits or Limits()
         self.authenticator = authenticator
         self.readonly = readonly
         self.root_fd = root_fd
+        self._origin_fd = origin_fd
         config = ffi.new(
             "x9_config *",
             {
                 "root_fd": root_fd,
+                "origin_fd": origin_fd,
                 "readonly": readonly,
                 "max_msize": MAX_MSIZE,
                 "limits": self.limits.in_c(),
@@ -168,10 +178,11 @@ class DataPlane:
         )
         self._dev = lib.x9_dev_new(config)
         if self._dev == ffi.NULL:
-            os.close(root_fd)
+            self._close_trees()
             raise Xen9pError("cannot make a device", hint="out of memory or file descriptors")
         self._keep: list[Any] = []
         self._trace_buffer: Any = None
+        self._event_buffer: Any = None
         self.users = Users()
         if users is not None:
             try:
@@ -186,7 +197,12 @@ class DataPlane:
             lib.x9_dev_free(self._dev)
             self._dev = None
             self._keep.clear()
-            os.close(self.root_fd)
+            self._close_trees()
+
+    def _close_trees(self) -> None:
+        os.close(self.root_fd)
+        if self._origin_fd >= 0:
+            os.close(self._origin_fd)
 
     def set_users(self, users: Users) -> None:
         """What the guest's users are and may, from now on; also those that are attached, and what they have open stays
@@ -470,6 +486,32 @@ class DataPlane:
         """How many messages did not fit into the queue since trace_start()."""
         return int(lib.x9_trace_dropped(self._dev))
 
+    # For a caching policy (cache_policy.py).
+
+    def events_want(self, kinds: int) -> None:
+        """From now on these kinds of events (X9_SAW_*, together) are kept for events_read(); 0 for none."""
+        if self._event_buffer is None:
+            self._event_buffer = ffi.new("uint8_t[]", lib.X9_EVENT_BUFFER)
+        lib.x9_events_want(self._dev, kinds)
+
+    def events_read(self) -> bytes:
+        """The events that are there, for cache_policy.unpack(); b"" if there are none. For one thread at a time."""
+        if self._event_buffer is None:
+            return b""
+        size = lib.x9_events_read(self._dev, self._event_buffer, len(self._event_buffer))
+        return bytes(ffi.buffer(self._event_buffer, size))
+
+    def ahead_open(self, path: bytes) -> int:
+        """A descriptor of a file or directory beneath the export, to read ahead of: of its origin's, if that has it
+        unchanged.
+
+        Raises:
+            OSError: ENOENT, ELOOP (there is a link on the way), EPERM (it is neither), ...
+        """
+        fd = int(lib.x9_ahead_open(self._dev, path))
+        _raise(-fd if fd < 0 else 0)
+        return fd
+
     def _stats(self) -> Any:
         out = ffi.new("x9_stats *")
         lib.x9_dev_stats(self._dev, out)
@@ -490,6 +532,32 @@ def fd_path(fd: int) -> bytes:
     path = ffi.new("char[32]")
     lib.x9_fd_path(fd, path)
     return bytes(ffi.string(path))
+
+
+def read_ahead(fd: int, offset: int, length: int) -> int:
+    """Has the kernel begin to read a stretch of a file; how many bytes of it were not in the page cache.
+
+    Raises:
+        OSError: as mmap(2), mincore(2), posix_fadvise(2).
+    """
+    missing = int(lib.x9_ahead(fd, offset, length))
+    _raise(-missing if missing < 0 else 0)
+    return missing
+
+
+def await_read(fd: int, offset: int) -> None:
+    """Waits until that byte of a file is in the page cache. Raises OSError: EIO, ..."""
+    _raise(lib.x9_ahead_wait(fd, offset))
+
+
+def drop(fd: int, offset: int, length: int) -> None:
+    """Gives a stretch of a file out of the page cache, as far as it is clean. Raises OSError."""
+    _raise(-int(lib.x9_drop(fd, offset, length)))
+
+
+def idle_io() -> None:
+    """What this thread reads from now on gives way to what others read. Raises OSError."""
+    _raise(lib.x9_idle_io())
 
 
 def link_fd(fd: int, directory: int, name: bytes) -> None:

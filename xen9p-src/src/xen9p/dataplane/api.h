@@ -17,6 +17,14 @@ typedef struct x9_stats {
     uint64_t bytes;  /* that those in flight bind */
     uint64_t throttled;    /* messages that a limit has held up, */
     uint64_t throttled_us; /* and for how long */
+    uint64_t read_hits, read_misses;     /* Treads that the page cache had all of, and those that it had not */
+    uint64_t hit_bytes, miss_bytes;      /* what these have read */
+    uint64_t streams;                    /* sequential reads and writes that were found to be streams; of these, */
+    uint64_t streamed_bytes;             /* bytes that were read ahead, */
+    uint64_t dropped_bytes;              /* that were dropped behind, and */
+    uint64_t spared_bytes;               /* that were left alone: they had been there before the stream came */
+    uint64_t shared_bytes;               /* read through the file of the tree that this one was cloned from */
+    uint64_t cache_events_lost;
     uint64_t by_type[128];
 } x9_stats;
 
@@ -28,10 +36,12 @@ typedef struct x9_limits {
     uint64_t ops_per_second;   /* messages; 0: no limit */
     uint64_t bytes_per_second; /* of messages both ways; 0: no limit */
     uint32_t max_write; /* bytes of data in a Twrite that clients are asked to keep to; 0: as much as fits */
+    uint64_t stream_bytes;     /* of one file in a row, from which on they are a stream; 0: nothing is */
 } x9_limits;
 
 typedef struct x9_config {
     int root_fd;         /* directory descriptor of the export; borrowed, stays open while the device lives */
+    int origin_fd;       /* the same of the read-only tree that it was cloned from, to read unchanged files through; or -1 */
     int readonly;
     uint32_t max_msize;  /* bytes */
     x9_limits limits;
@@ -111,11 +121,11 @@ void x9_act_done(x9_dev *dev);
 int x9_keep_capabilities(void);
 
 int x9_cage_alone(void);
-int x9_cage_build(const char *path, int readonly, const char **step);
+int x9_cage_build(const char *path, int readonly, const char *origin, const char **step);
 int x9_cage_shut(const char **step);
 int x9_drop_capabilities(uint64_t keep);
 int x9_no_new_privileges(void);
-int x9_landlock(int export_fd, int readonly, int remove_fd);
+int x9_landlock(int export_fd, int readonly, int remove_fd, int origin_fd);
 int x9_seccomp_prepare(void);
 int x9_seccomp(void);
 
@@ -143,3 +153,20 @@ int x9_trace_start(x9_dev *dev, uint32_t snap);
 void x9_trace_stop(x9_dev *dev);
 uint64_t x9_trace_dropped(x9_dev *dev);
 uint32_t x9_trace_read(x9_dev *dev, uint8_t *buf, uint32_t cap);
+
+/* What a caching policy is told, and how it reads ahead; cache_events.c and page_cache.c say more. */
+#define X9_SAW_ATTACH 1u
+#define X9_SAW_LOOKUP 2u
+#define X9_SAW_OPEN 4u
+#define X9_SAW_READ 8u
+#define X9_SAW_LIST 16u
+#define X9_SAW_STREAM 32u
+#define X9_SAW_CLOSE 64u
+#define X9_EVENT_BUFFER 65536 /* bytes; one event is always less than a tenth of it */
+void x9_events_want(x9_dev *dev, uint32_t kinds);
+uint32_t x9_events_read(x9_dev *dev, uint8_t *buf, uint32_t cap);
+int x9_ahead_open(x9_dev *dev, const char *path);
+int64_t x9_ahead(int fd, uint64_t offset, uint64_t len);
+int x9_ahead_wait(int fd, uint64_t offset);
+int64_t x9_drop(int fd, uint64_t offset, uint64_t len);
+int x9_idle_io(void);

@@ -81,6 +81,8 @@ void x9_dev_stats(x9_dev *dev, x9_stats *out)
     out->read_bytes = __atomic_load_n(&dev->read_bytes, __ATOMIC_RELAXED);
     out->written_bytes = __atomic_load_n(&dev->written_bytes, __ATOMIC_RELAXED);
     out->errors = __atomic_load_n(&dev->errors, __ATOMIC_RELAXED);
+    streams_stats(dev, out);
+    events_stats(dev, out);
     for (int i = 0; i < 128; i++)
         out->by_type[i] = __atomic_load_n(&dev->by_type[i], __ATOMIC_RELAXED);
     pthread_mutex_lock(&dev->fids.lock);
@@ -637,6 +639,8 @@ int x9_fid_attach(x9_dev *dev, uint32_t num, uint32_t uid)
     if (fd < 0)
         return errno;
     struct x9_fid *fid = fid_new(num, fd, S_IFDIR, uid);
+    if (fid)
+        events_add(dev, X9_SAW_ATTACH, fid, 0, 0, false);
     return fid ? fids_add(&dev->fids, fid) : ENOMEM;
 }
 
@@ -1094,6 +1098,7 @@ void x9_dev_free(x9_dev *dev)
     }
     users_free(dev);
     obs_free(dev);
+    events_free(dev);
     if (dev->fids.buckets)
         fids_free(&dev->fids);
     if (dev->evt_fd >= 0)

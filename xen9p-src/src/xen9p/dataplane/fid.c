@@ -25,6 +25,7 @@ struct x9_fid *fid_new(uint32_t num, int path_fd, uint32_t format, uint32_t uid)
         return NULL;
     }
     fid->num = num, fid->path_fd = path_fd, fid->io_fd = -1, fid->format = format, fid->uid = uid, fid->refs = 1;
+    fid->stream_own = fid->stream_end = X9_NOWHERE; /* the first write is no sequel */
     pthread_mutex_init(&fid->lock, NULL);
     return fid;
 }
@@ -39,6 +40,9 @@ void fid_put(struct x9_fid *fid)
         xattr_free(fid->xattr);
     if (fid->auth)
         auth_free(fid->auth);
+    streams_end(fid);
+    if (fid->origin)
+        origin_free(fid->origin);
     if (fid->io_fd >= 0 && fid->io_fd != fid->path_fd)
         close(fid->io_fd);
     if (fid->path_fd >= 0)

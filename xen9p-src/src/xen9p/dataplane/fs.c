@@ -45,7 +45,7 @@ static bool is_dots(const char *name) { return name[0] == '.' && (!name[1] || (n
 
 /* --- descriptors --- */
 
-static int open_beneath(int dir, const char *name, uint64_t flags, uint64_t mode, uint64_t resolve)
+int open_beneath(int dir, const char *name, uint64_t flags, uint64_t mode, uint64_t resolve)
 {
     struct open_how how = {
         .flags = flags | O_CLOEXEC | O_NOFOLLOW,
@@ -284,6 +284,8 @@ static int h_walk(struct x9_call *call)
     if (done == count) {
         /* Only a complete walk makes the new fid. */
         struct x9_fid *fid = fid_new(newnum, at, format, uid);
+        if (fid)
+            events_add(dev, X9_SAW_LOOKUP, fid, 0, 0, !call->may_block);
         err = !fid ? ENOMEM : num == newnum ? fids_swap(&dev->fids, from, fid) : fids_add(&dev->fids, fid);
     } else {
         close(at);
@@ -481,6 +483,11 @@ static int h_lopen(struct x9_call *call)
         else
             __atomic_store_n(&fid->io_fd, io, __ATOMIC_RELEASE);
     }
+    if (!err) {
+        if ((wire & O_ACCMODE) == O_RDONLY && !(wire & O_TRUNC))
+            origin_find(call->dev, fid);
+        events_add(call->dev, fid->format == S_IFDIR ? X9_SAW_LIST : X9_SAW_OPEN, fid, 0, 0, false);
+    }
     pthread_mutex_unlock(&fid->lock);
     fid_put(fid);
     return err;
@@ -563,6 +570,16 @@ static uint8_t *big(struct x9_call *call)
     return call->big;
 }
 
+/* A Tread has read got bytes from fd; cached: all of them came from the page cache. */
+static void note_read(struct x9_call *call, struct x9_fid *fid, int fd, uint64_t offset, uint64_t got, bool cached)
+{
+    dev_count_io(call->dev, got, 0);
+    streams_count(call->dev, cached, got);
+    if (fd != fid->io_fd)
+        __atomic_add_fetch(&call->dev->shared_bytes, got, __ATOMIC_RELAXED);
+    events_add(call->dev, X9_SAW_READ, fid, offset, got, cached);
+}
+
 /* Read what the page cache has straight into the ring. Returns as a handler does. */
 static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset, uint32_t count)
 {
@@ -579,10 +596,11 @@ static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset
         return X9_DONE; /* the device is ending */
     }
     int n = ring_tx_iov(&link->ring, X9_READ_HEADER, count, iov);
-    ssize_t got = preadv2(fid->io_fd, iov, n, (off_t)offset, RWF_NOWAIT);
+    int fd = origin_fd(call->dev, fid);
+    ssize_t got = preadv2(fd, iov, n, (off_t)offset, RWF_NOWAIT);
     if (got < 0)
         err = errno == EAGAIN ? X9_LATER : errno;
-    else if ((uint32_t)got < count && (fstat(fid->io_fd, &st) || offset + (uint64_t)got < (uint64_t)st.st_size))
+    else if ((uint32_t)got < count && (fstat(fd, &st) || offset + (uint64_t)got < (uint64_t)st.st_size))
         err = X9_LATER; /* not the end of the file: the rest is not in the page cache */
     if (err == EOPNOTSUPP) {
         fid->plain_read = true;
@@ -595,7 +613,7 @@ static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset
         ring_poke(&link->ring, 0, header, sizeof header);
         ring_publish(&link->ring, X9_READ_HEADER + (uint32_t)got);
         limits_settle(call->dev, &call->promised, X9_READ_HEADER + (uint32_t)got);
-        dev_count_io(call->dev, (uint64_t)got, 0);
+        note_read(call, fid, fd, offset, (uint64_t)got, true);
     }
     pthread_mutex_unlock(&link->tx_lock);
     if (err)
@@ -624,19 +642,29 @@ static int h_read(struct x9_call *call)
         return EINVAL;
     }
     if (!call->may_block) {
+        streams_read(call, fid, offset, count);
         err = fid->plain_read || call->link->kind == X9_STREAM ? X9_LATER : read_cached(call, fid, offset, count);
         fid_put(fid);
         return err;
     }
     uint8_t *buf = big(call);
-    ssize_t got = buf ? pread(fid->io_fd, buf + X9_READ_HEADER, count, (off_t)offset) : (errno = ENOMEM, -1);
+    int fd = origin_fd(call->dev, fid);
+    struct iovec iov = {buf + X9_READ_HEADER, count};
+    bool cached = false;
+    ssize_t got = -1;
+    /* What comes from a ring is here because the page cache has not got it; of a stream nobody has looked yet. */
+    if (buf && call->link->kind == X9_STREAM && !fid->plain_read)
+        cached = (got = preadv2(fd, &iov, 1, (off_t)offset, RWF_NOWAIT)) == (ssize_t)count;
+    if (!cached)
+        got = buf ? pread(fd, buf + X9_READ_HEADER, count, (off_t)offset) : (errno = ENOMEM, -1);
     err = got < 0 ? errno : 0;
+    if (!err)
+        note_read(call, fid, fd, offset, (uint64_t)got, cached);
     fid_put(fid);
     if (err)
         return err;
     put_header(buf, X9_READ_HEADER + (uint32_t)got, P9_TREAD + 1, call->tag);
     put32(buf + X9_HEADER, (uint32_t)got);
-    dev_count_io(call->dev, (uint64_t)got, 0);
     call_send(call, buf, X9_READ_HEADER + (uint32_t)got);
     return X9_DONE;
 }
@@ -653,12 +681,14 @@ static void follow_stream(struct x9_call *call, struct x9_fid *fid, uint64_t off
 
     __atomic_store_n(&fid->stream_end, end, __ATOMIC_RELAXED);
     uint64_t filled = end & ~(STREAM_ALIGN - 1);
+    if (offset != before)
+        streams_begin_write(fid, end);
     bool enough = filled > sent && filled - sent >= STREAM_STEP;
     if (enough || offset != before)
         __atomic_store_n(&fid->stream_sent, enough ? filled : sent, __ATOMIC_RELAXED);
     if (!enough)
         return;
-    call->stream = (struct x9_stream){fid, sent, filled};
+    call->stream = (struct x9_stream){.fid = fid, .from = sent, .to = filled, .dev = call->dev};
     __atomic_add_fetch(&fid->refs, 1, __ATOMIC_RELAXED);
 }
 
@@ -668,8 +698,13 @@ void fs_write_back(struct x9_stream *stream)
 {
     if (!stream->fid)
         return;
+    if (stream->reading) {
+        streams_step(stream);
+        return;
+    }
     sync_file_range(stream->fid->io_fd, (off64_t)stream->from, (off64_t)(stream->to - stream->from),
                     SYNC_FILE_RANGE_WRITE);
+    streams_drop_written(stream);
     fid_put(stream->fid);
     stream->fid = NULL;
 }
@@ -826,8 +861,9 @@ static int h_clunk(struct x9_call *call)
         return X9_MALFORMED;
     if (!call->may_block) {
         struct x9_fid *fid = fids_get(&call->dev->fids, num);
-        /* The last of an unlinked file: closing it frees its extents, however many they are. */
-        bool slow = fid ? fid->format == S_IFREG && !fstatat(fid->path_fd, "", &st, AT_EMPTY_PATH) && !st.st_nlink
+        /* The last of an unlinked file: closing it frees its extents, however many they are. A stream drops what it has. */
+        bool slow = fid ? __atomic_load_n(&fid->flow.ahead, __ATOMIC_RELAXED) ||
+                          (fid->format == S_IFREG && !fstatat(fid->path_fd, "", &st, AT_EMPTY_PATH) && !st.st_nlink)
                         : xattr_is_to_set(call->dev, num);
         if (fid)
             fid_put(fid);

@@ -163,6 +163,7 @@ void x9_dev_set_limits(x9_dev *dev, const x9_limits *limits)
     set_rate(&dev->ops, limits->ops_per_second);
     set_rate(&dev->bytes, limits->bytes_per_second);
     __atomic_store_n(&dev->max_write, limits->max_write, __ATOMIC_RELAXED);
+    __atomic_store_n(&dev->stream_bytes, limits->stream_bytes, __ATOMIC_RELAXED);
     pthread_cond_broadcast(&dev->idle);
     pthread_mutex_unlock(&dev->lock);
     pthread_mutex_lock(&dev->fids.lock);

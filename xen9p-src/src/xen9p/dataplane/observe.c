@@ -399,7 +399,7 @@ struct packed {
 };
 
 /* Where a fid's file is, from the export's root on; "" without one. Returns its length. */
-static uint32_t path_of(struct x9_dev *dev, const struct x9_fid *fid, char path[PATH_MAX])
+uint32_t obs_path(struct x9_dev *dev, const struct x9_fid *fid, char path[PATH_MAX])
 {
     char link[X9_FD_PATH], root[PATH_MAX];
 
@@ -441,7 +441,7 @@ uint32_t x9_trace_read(x9_dev *dev, uint8_t *buf, uint32_t cap)
             break;
         uint64_t stamps[5] = {record->seen, record->taken, record->begun, record->done, record->sent};
         struct packed head = {
-            .link = (uint16_t)record->link, .path_len = (uint16_t)path_of(dev, record->fid, path),
+            .link = (uint16_t)record->link, .path_len = (uint16_t)obs_path(dev, record->fid, path),
             .request_len = record->request_len, .reply_len = record->reply_len,
         };
         for (int i = 0; i < 5; i++)

@@ -8,6 +8,8 @@
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <linux/capability.h>
+#include <linux/fs.h>
+#include <linux/ioprio.h>
 #include <linux/landlock.h>
 #include <linux/sched.h>
 #include <sched.h>
@@ -39,13 +41,33 @@ static int at(const char **step, const char *name)
 /* Puts the calling process, which has no other thread, into namespaces of its own: no network, no System V objects. */
 int x9_cage_alone(void) { return unshare(CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS) ? errno : 0; }
 
-/* Builds a new root at CAGE: export/ is the directory at path without what is mounted below it, proc/ shows this process
- * alone. The old root can still be reached, until x9_cage_shut(). Returns 0 or an errno, and names the step. */
-int x9_cage_build(const char *path, int readonly, const char **step)
+/* A directory to be mounted at another place, without what is mounted below it. Returns a descriptor, or -1 with errno. */
+static int take_tree(const char *path, bool readonly)
 {
     struct mount_attr attr = {
         .attr_set = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | (readonly ? MOUNT_ATTR_RDONLY : 0),
     };
+    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+
+    if (tree >= 0 && syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attr, sizeof attr)) {
+        int err = errno;
+        close(tree);
+        errno = err;
+        return -1;
+    }
+    return tree;
+}
+
+/* Puts what take_tree() gave into the new root. Returns whether that went well. */
+static bool place_tree(int tree, const char *path)
+{
+    return !mkdir(path, 0555) && !syscall(SYS_move_mount, tree, "", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH);
+}
+
+/* Builds a new root at CAGE: export/ is the directory at path without what is mounted below it, origin/, if that is not NULL,
+ * the one that it was cloned from, proc/ shows this process alone. The old root can still be reached, until x9_cage_shut(). Returns 0 or an errno, and names the step. */
+int x9_cage_build(const char *path, int readonly, const char *origin, const char **step)
+{
     struct stat st;
     int err = 0;
 
@@ -55,25 +77,28 @@ int x9_cage_build(const char *path, int readonly, const char **step)
     /* What is mounted here stays here, and what the host mounts later does not come in. */
     if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL))
         return at(step, "making mounts private");
-    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    int tree = take_tree(path, readonly);
     if (tree < 0)
         return at(step, "taking the export");
+    int origin_tree = origin ? take_tree(origin, true) : -1; /* if it is gone, then without */
     if (fstat(tree, &st) || !S_ISDIR(st.st_mode))
         errno = ENOTDIR, err = at(step, "taking the export");
-    else if (syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attr, sizeof attr))
-        err = at(step, "setting the export's mount options");
     else if (mount("none", CAGE, "tmpfs", PLAIN, "size=64k,nr_inodes=8,mode=0755"))
         err = at(step, "mounting a new root");
-    else if (mkdir(CAGE "/export", 0555) || mkdir(CAGE "/proc", 0555))
+    else if (mkdir(CAGE "/proc", 0555))
         err = at(step, "making the new root");
-    else if (syscall(SYS_move_mount, tree, "", AT_FDCWD, CAGE "/export", MOVE_MOUNT_F_EMPTY_PATH))
+    else if (!place_tree(tree, CAGE "/export"))
         err = at(step, "mounting the export");
+    else if (origin_tree >= 0 && !place_tree(origin_tree, CAGE "/origin"))
+        err = at(step, "mounting what the export was cloned from");
     /* /proc/self/fd turns an O_PATH descriptor into one for I/O. Other processes are not to be seen. */
     else if (mount("proc", CAGE "/proc", "proc", PLAIN | MS_RDONLY, "hidepid=ptraceable,subset=pid"))
         err = at(step, "mounting proc");
     else if (mount(NULL, CAGE, NULL, PLAIN | MS_REMOUNT | MS_BIND | MS_RDONLY, NULL))
         err = at(step, "making the new root read-only");
     close(tree);
+    if (origin_tree >= 0)
+        close(origin_tree);
     return err;
 }
 
@@ -136,8 +161,9 @@ static int allow_beneath(int ruleset, int fd, uint64_t rights)
 }
 
 /* From now on this process opens and changes nothing but what is beneath export_fd; beneath remove_fd, if that is not -1, it
- * may remove files. Wants no_new_privs. Returns the version of Landlock, 0 where there is none that does, or -errno. */
-int x9_landlock(int export_fd, int readonly, int remove_fd)
+ * may remove files, and beneath origin_fd, if that is not -1, read. Wants no_new_privs. Returns the version of Landlock, 0
+ * where there is none that does, or -errno. */
+int x9_landlock(int export_fd, int readonly, int remove_fd, int origin_fd)
 {
     struct {
         uint64_t fs, net, scoped;
@@ -162,6 +188,7 @@ int x9_landlock(int export_fd, int readonly, int remove_fd)
     int err = 0;
     if (allow_beneath(ruleset, export_fd, readonly ? reading : all) ||
         (remove_fd >= 0 && allow_beneath(ruleset, remove_fd, LANDLOCK_ACCESS_FS_REMOVE_FILE)) ||
+        (origin_fd >= 0 && allow_beneath(ruleset, origin_fd, reading)) ||
         syscall(SYS_landlock_restrict_self, ruleset, 0))
         err = errno;
     close(ruleset);
@@ -177,7 +204,7 @@ static const char *const allowed[] = {
     "preadv2", "pwritev", "pwritev2", "lseek", "getdents64", "newfstatat", "fstat", "stat", "lstat", "statx", "fstatfs", "statfs",
     "readlinkat", "readlink", "access", "faccessat", "faccessat2", "mkdirat", "mkdir", "mknodat", "mknod", "unlinkat", "unlink",
     "rmdir", "renameat", "renameat2", "rename", "linkat", "link", "symlinkat", "symlink", "fchmod", "fchmodat", "chmod", "fchown",
-    "fchownat", "chown", "lchown", "truncate", "ftruncate", "fallocate", "utimensat", "fsync", "fdatasync", "sync_file_range", "syncfs", "copy_file_range", "fadvise64", "umask", "flock",
+    "fchownat", "chown", "lchown", "truncate", "ftruncate", "fallocate", "utimensat", "fsync", "fdatasync", "sync_file_range", "syncfs", "copy_file_range", "fadvise64", "mincore", "umask", "flock",
     "fcntl", "getxattr", "lgetxattr", "fgetxattr", "setxattr", "lsetxattr", "fsetxattr", "listxattr", "llistxattr", "flistxattr",
     "removexattr", "lremovexattr", "fremovexattr", "getcwd",
     /* for whom: per thread, and never more than the process has */
@@ -198,7 +225,7 @@ static const char *const allowed[] = {
 /* ioctl(2) by request: the rings' devices, and what Python asks of sockets and files. */
 static const unsigned long requests[] = {
     IOCTL_EVTCHN_NOTIFY, IOCTL_EVTCHN_BIND_INTERDOMAIN, IOCTL_EVTCHN_UNBIND, IOCTL_GNTDEV_MAP_GRANT_REF,
-    IOCTL_GNTDEV_UNMAP_GRANT_REF, FIONBIO, FIOCLEX, TCGETS,
+    IOCTL_GNTDEV_UNMAP_GRANT_REF, FIONBIO, FIOCLEX, TCGETS, FS_IOC_GETVERSION,
 };
 
 /* The ABI of libseccomp 2, as far as it is used (seccomp.h of libseccomp). */
@@ -244,6 +271,7 @@ static int fill(const struct seccomp *s, void *to)
     struct arg_cmp no_exec = {2, OP_MASKED_EQ, PROT_EXEC, 0};
     struct arg_cmp myself = {0, OP_EQ, 0, 0};
     struct arg_cmp naming = {0, OP_EQ, PR_SET_NAME, 0};
+    struct arg_cmp own_io[2] = {{0, OP_EQ, IOPRIO_WHO_PROCESS, 0}, {1, OP_EQ, 0, 0}};
     int err = 0;
 
     for (size_t i = 0; i < sizeof allowed / sizeof *allowed && !err; i++)
@@ -260,6 +288,8 @@ static int fill(const struct seccomp *s, void *to)
     err = err ? err : rule(s, to, ACT_ALLOW, "mprotect", &no_exec);
     err = err ? err : rule(s, to, ACT_ALLOW, "prlimit64", &myself);
     err = err ? err : rule(s, to, ACT_ALLOW, "prctl", &naming);
+    int ioprio_set = s->resolve("ioprio_set"); /* of the thread that asks alone */
+    err = err ? err : s->rule_add(to, ACT_ALLOW, ioprio_set, 2, own_io);
     return err;
 }
 

@@ -131,6 +131,17 @@ void ring_publish(struct x9_ring *ring, uint32_t len);
 
 struct x9_auth;
 struct x9_xattr;
+struct x9_ahead;
+struct x9_origin;
+
+/* Reads of one fid in a row; streams.c. Only the reader writes it, but for what is said. */
+struct x9_flow {
+    uint64_t start, end;    /* end: atomic */
+    bool left;              /* atomic: it has gone elsewhere, what was read ahead is for nobody */
+    bool busy;              /* atomic: a thread is at work on ahead, or will be */
+    struct x9_ahead *ahead; /* atomic; NULL: this is no stream. Belongs to who has busy */
+};
+#define X9_NOWHERE UINT64_MAX
 struct x9_locks;
 
 struct x9_fid {
@@ -143,6 +154,10 @@ struct x9_fid {
     bool plain_read, plain_write; /* RWF_NOWAIT leads nowhere here: leave it to the pool at once */
     uint64_t dir_pos;
     uint64_t stream_end, stream_sent; /* a sequential writer: where it is, and up to where writeback has been started */
+    uint64_t stream_own;     /* from where on it writes pages that nobody had before; X9_NOWHERE: nobody knows */
+    uint64_t stream_dropped; /* up to where these are out of the page cache again */
+    struct x9_flow flow;     /* a sequential reader; streams.c */
+    struct x9_origin *origin; /* atomic; the same file in the tree that this was cloned from, or NULL; origin.c */
     pthread_mutex_t lock; /* Tlopen's change of state, the position of a directory stream, what came for an xattr */
     struct x9_xattr *xattr; /* this fid is an extended attribute and no file; from its making to its end */
     struct x9_auth *auth;   /* it is that of a Tauth; from its making to its end */
@@ -186,6 +201,7 @@ struct x9_times {
 
 struct x9_record;
 struct x9_trace;
+struct x9_events;
 
 /* A message's times, in ticks, and its record if it is traced. All 0: nobody wants to know. */
 struct x9_note {
@@ -241,6 +257,8 @@ struct x9_link {
 struct x9_stream {
     struct x9_fid *fid; /* a reference, or NULL */
     uint64_t from, to;
+    struct x9_dev *dev;
+    bool reading; /* it is a reader's: the next step of reading ahead and dropping behind */
 };
 
 struct x9_flush {
@@ -328,6 +346,14 @@ struct x9_dev {
     struct x9_times times[2]; /* [1] is the reader's own */
     bool tracing;
     struct x9_trace *trace; /* NULL until there was one */
+
+    uint64_t stream_bytes; /* atomic: as in x9_limits */
+    uint32_t nstreams;     /* atomic: readers that have a struct x9_ahead */
+    bool writing_out;      /* atomic: a thread waits for the disk, to drop what a stream has written */
+    uint64_t read_hits, read_misses, hit_bytes, miss_bytes;
+    uint64_t streams, streamed_bytes, dropped_bytes, spared_bytes, shared_bytes;
+    uint32_t events_wanted; /* atomic: X9_SAW_* */
+    struct x9_events *events; /* atomic; NULL until somebody wanted some */
 };
 
 /* What a handler says besides an errno (positive) or "reply is in out" (0). */
@@ -466,6 +492,37 @@ void obs_start(struct x9_note *note);
 void obs_done(struct x9_dev *dev, struct x9_note *note, const uint8_t *msg, uint32_t len);
 void obs_done_read(struct x9_call *call, const uint8_t *header, uint32_t got);
 void obs_end(struct x9_dev *dev, struct x9_note *note, uint8_t type, bool reader);
+
+uint32_t obs_path(struct x9_dev *dev, const struct x9_fid *fid, char path[PATH_MAX]);
+
+/* streams.c: who reads or writes on and on */
+void streams_read(struct x9_call *call, struct x9_fid *fid, uint64_t offset, uint32_t count);
+void streams_step(struct x9_stream *stream);
+void streams_begin_write(struct x9_fid *fid, uint64_t end);
+void streams_drop_written(struct x9_stream *stream);
+void streams_end(struct x9_fid *fid);
+void streams_count(struct x9_dev *dev, bool hit, uint64_t bytes);
+void streams_stats(struct x9_dev *dev, x9_stats *out);
+
+/* page_cache.c: what is in the kernel's page cache */
+#define X9_MOST_PAGES 512u /* that pages_resident() looks at in one go */
+int pages_resident(int fd, uint64_t offset, uint32_t pages, uint8_t resident[X9_MOST_PAGES]);
+int open_beneath(int dir, const char *name, uint64_t flags, uint64_t mode, uint64_t resolve);
+
+/* origin.c: reading unchanged files of a clone through the tree that it was made of */
+void origin_find(struct x9_dev *dev, struct x9_fid *fid);
+int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *origin);
+int origin_fd(struct x9_dev *dev, struct x9_fid *fid);
+void origin_free(struct x9_origin *origin);
+
+/* cache_events.c: what a caching policy is told */
+void events_add(struct x9_dev *dev, uint32_t kind, struct x9_fid *fid, uint64_t offset, uint64_t len, bool hit);
+void events_free(struct x9_dev *dev);
+void events_stats(struct x9_dev *dev, x9_stats *out);
+static inline bool events_wanted(const struct x9_dev *dev, uint32_t kind)
+{
+    return __atomic_load_n(&dev->events_wanted, __ATOMIC_RELAXED) & kind;
+}
 
 int xen_open(struct x9_dev *dev);
 int xen_map(struct x9_link *link, uint32_t domid, uint32_t ref, uint32_t port);

@@ -98,6 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--keys", type=Path, metavar="FILE", help="only to clients that have one of its keys; see: xen9p key make"
     )
+    serve.add_argument(
+        "--leases",
+        type=file_options.lease_term,
+        default=0.0,
+        metavar="SECONDS",
+        help="give leases, for xen9p mount --cache coherent; others wait so long for a client that is gone",
+    )
     where = serve.add_mutually_exclusive_group(required=True)
     where.add_argument("--unix", metavar="PATH", help="listen on a Unix socket")
     where.add_argument("--tcp", metavar="HOST:PORT", type=file_options.host_port, help="listen on a TCP port")
@@ -330,13 +337,13 @@ def _serve(args: argparse.Namespace) -> int:
 
     where = args.unix or args.tcp
     if args.trace is None:
-        return serve_socket(args.export, args.ro, where, keys=args.keys)
+        return serve_socket(args.export, args.ro, where, keys=args.keys, term=args.leases)
     from xen9p.trace import format_of  # noqa: PLC0415
     from xen9p.tracer import Sink  # noqa: PLC0415
 
     sink = Sink(_output(args.trace), format_of(args.trace), lambda text: print(f"xen9p: {text}", file=sys.stderr))
     try:
-        return serve_socket(args.export, args.ro, where, sink, args.keys)
+        return serve_socket(args.export, args.ro, where, sink, keys=args.keys, term=args.leases)
     finally:
         sink.close()
 

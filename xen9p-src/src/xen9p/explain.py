@@ -59,6 +59,7 @@ def _given(rules: Policy, rule: Rule) -> dict[str, Any]:
         "frontend": grant.frontend,
         "keys": str(grant.keys) if grant.keys else None,
         **_terms(grant.terms),
+        "leases": rule.leases,
         "quota": None if most is None else {"bytes": most.bytes, "files": most.files},
         "snapshots": rule.snapshots or None,
         "problems": problems,
@@ -106,6 +107,7 @@ def _lines(one: dict[str, Any]) -> list[str]:
         ("special", "device nodes, FIFOs and sockets " + ("may be made" if one["special"] else "are refused")),
         ("limits", ", ".join(limits) or "the worker's own"),
         ("quota", "none" if most is None else f"{quota.Quota(**most)}, for all guests of the directory together"),
+        ("leases", f"for {one['leases']:g} s without a word of the client" if one["leases"] else "none"),
         ("snapshots", f"read-only, as tag {one['snapshots']}" if one["snapshots"] else "not shown"),
         *(("problem", problem) for problem in one["problems"]),
     ]

@@ -114,6 +114,11 @@ class Worker:
         """Whether it knows how: one of an earlier version does not."""
         return not self.hello or "pauses" in self.hello
 
+    @property
+    def knows_leases(self) -> bool:
+        """Whether it asks the clients of others before it changes something; the same holds."""
+        return not self.hello or "leases" in self.hello
+
     def pause(self, paused: Callable[[int], None]) -> None:
         """Has it stand still for a moment; paused() is told how much it is still doing to files, 0 for nothing."""
         self._paused = paused

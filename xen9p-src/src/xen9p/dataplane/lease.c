@@ -226,11 +226,13 @@ static void forget_change(struct x9_leases *table, struct record *record, uint32
 uint32_t x9_leases_recover(x9_leases *table, uint32_t pid)
 {
     uint32_t count = 0;
+    bool died = false;
 
     for (uint32_t i = 0; i < RECORDS; i++) {
         struct record *record = &table->records[i];
         if (load32(&record->pid) != pid)
             continue;
+        died = true; /* one that ends in good order leaves no record */
         for (uint32_t slot = 0; slot < RECORDED; slot++) {
             uint32_t bucket = load32(&record->buckets[slot]);
             if (!bucket)
@@ -245,7 +247,7 @@ uint32_t x9_leases_recover(x9_leases *table, uint32_t pid)
         if (expires && now() > expires)
             expire(table, i, expires);
     }
-    if (load32(&table->active))
+    if (died && load32(&table->active))
         post_everything(table);
     return count;
 }

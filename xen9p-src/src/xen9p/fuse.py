@@ -279,6 +279,10 @@ class Filesystem:
         """The kernel does not know some files any more."""
         for ino, lookups in inode_list:
             node = self.nodes.forget(ino, lookups)
+            if node is None and (left := self.nodes.get(ino)) is not None and self.kept.leased:
+                # It had forgotten the file and has looked it up anew, and that inode may have been missed.
+                left.asked = False
+                self.client.background(self.kept.stale(ino))
             if node is not None:
                 with suppress(Exception):
                     self.cache.forget(ino)
@@ -293,6 +297,7 @@ class Filesystem:
         changes = node.changes
         attr = self._known(inode) or await self._attributes(inode, self.nodes.fid(inode))
         await self.kept.settle(inode)
+        node.asked = True
         return self._entry(inode, attr, asked=node.changes == changes)
 
     @_answers
@@ -588,7 +593,11 @@ class Filesystem:
 
     def _listed(self, directory: _Directory, listed: _Listed) -> pyfuse3.EntryAttributes:
         if listed.attr is not None:
-            return self._named(directory.ino, listed.entry.name, listed.ino, listed.attr)
+            out = self._named(directory.ino, listed.entry.name, listed.ino, listed.attr)
+            node = self.nodes.get(listed.ino)
+            if self.kept.leased and node is not None and node.asked and self._known(listed.ino) is listed.attr:
+                out.attr_timeout = self.kept.attr_seconds(listed.ino, asked=True)
+            return out
         # Number and type are all that a listing shows. The kernel asks before it uses more, for it may keep nothing.
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = listed.ino
@@ -628,8 +637,12 @@ class Filesystem:
                     directory.read += entries
                 continue
             some = [directory.entries.popleft() for _ in range(min(_BATCH, len(directory.entries)))]
-            found = await asyncio.gather(*(self._prepare(directory, entry) for entry in some))
-            directory.ready.extend(listed for listed in found if listed is not None)
+            ready: list[_Listed | None] = [self._listed_before(directory, entry) for entry in some]
+            missing = [i for i, listed in enumerate(ready) if listed is None]
+            found = await asyncio.gather(*(self._prepare(directory, some[i]) for i in missing))
+            for i, listed in zip(missing, found, strict=True):
+                ready[i] = listed
+            directory.ready.extend(listed for listed in ready if listed is not None)
         return True
 
     def _read_all(self, directory: _Directory) -> None:
@@ -644,6 +657,16 @@ class Filesystem:
             and self.kept.file(directory.ino, directory.mark)
         ):
             self.cache.put_listing(directory.ino, read)
+
+    def _listed_before(self, directory: _Directory, entry: Dirent) -> _Listed | None:
+        """An entry of which all is leased."""
+        if not self.kept.leased or not self.kept.usable():
+            return None
+        ino = self.nodes.ino(entry.qid.path)
+        node, attr = self.nodes.get(ino), self.cache.attr(ino)
+        if node is None or node.fid is None or attr is None or self.cache.lookup(directory.ino, entry.name) != ino:
+            return None
+        return _Listed(entry, ino, None, attr)
 
     async def _prepare(self, directory: _Directory, entry: Dirent) -> _Listed | None:
         """An entry, with attributes if the kernel may use them or has some that would be overwritten by none."""

@@ -238,8 +238,12 @@ def messages(root: Path) -> str:
         "```text",
     ]
     lines += [_layout_pair(root, row) for row in rows]
-    lines += ["```", "", "A request that fails is answered by `Rlerror 7: ecode[4]`, a Linux errno. To a client with a lease session the highest "
-        "bit of a reply's type says that nothing of it may be kept.\n"]
+    lines += [
+        "```",
+        "",
+        "A request that fails is answered by `Rlerror 7: ecode[4]`, a Linux errno. To a client with a lease session the highest "
+        "bit of a reply's type says that nothing of it may be kept.\n",
+    ]
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
 """Measure what keeping things is worth in stat-heavy work, mount by mount, and print it.
 
-Without directories it serves a tree of its own and mounts it here through FUSE with each cache; that takes root, pyfuse3
-and the built data plane: sudo /usr/bin/python3 tools/bench_leases.py. With directories it measures those, which are the
-same tree by different mounts (in a guest: the copies that tests/lab/test_coherent.py makes).
+Without directories it serves a tree of its own and mounts it here through FUSE with each cache; that takes root,
+pyfuse3 and the built data plane: sudo /usr/bin/python3 tools/bench_leases.py. With directories it measures those,
+which are the same tree by different mounts, as in tests/lab/test_coherent.py.
 
-The work is that of `git status`: every file and directory by lstat(2), a name that is not there in each directory, every
-directory listed. Medians of rounds in turns; a round before them fills what can be filled.
+The work is that of `git status`: every file and directory by lstat(2), a name that is not there in each directory,
+every directory listed. Medians of rounds in turns; a round before them fills what can be filled.
 """
 
 from __future__ import annotations

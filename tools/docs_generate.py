@@ -206,7 +206,7 @@ NOTES = {
     "h_read": "page cache to ring, without a copy between; what is not cached goes to the pool",
     "h_write": "ring to page cache, without a copy between; what would wait goes to the pool",
     "h_walk": "dentry cache only; what is not cached goes to the pool",
-    "h_lease": "ours, no message of 9P2000.L: a [lease session](../decisions/0025-leases.md) is opened, renewed or ended",
+    "h_lease": "ours: a [lease session](../decisions/0025-leases.md) is opened, renewed or ended",
     "h_revoke": "ours: waits until the client has to give something up; the next one says that it has",
     "h_lopen": "with `O_TRUNC` in the pool",
 }
@@ -241,7 +241,8 @@ def messages(root: Path) -> str:
     lines += [
         "```",
         "",
-        "A request that fails is answered by `Rlerror 7: ecode[4]`, a Linux errno. To a client with a lease session the highest "
+        "A request that fails is answered by `Rlerror 7: ecode[4]`, a Linux errno. "
+        "To a client with a lease session the highest "
         "bit of a reply's type says that nothing of it may be kept.\n",
     ]
     return "\n".join(lines)

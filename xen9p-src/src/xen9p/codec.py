@@ -529,7 +529,7 @@ class Runlinkat(Message):
 class Tlease(Message):
     """Ours: opens (LEASE_OPEN), renews (LEASE_RENEW) or ends (LEASE_CLOSE) a lease session."""
 
-    how: U8
+    how: U32
 
 
 @_message(91)

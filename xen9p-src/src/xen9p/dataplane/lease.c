@@ -491,13 +491,13 @@ static int64_t renew_session(struct x9_dev *dev)
 
 enum { OPEN, RENEW, CLOSE };
 
-/* Tlease: how[1]; Rlease: ms[4] buckets[4]. */
+/* Tlease: how[4]; Rlease: ms[4] buckets[4]. */
 int h_lease(struct x9_call *call)
 {
     struct x9_dev *dev = call->dev;
     struct x9_lease *lease = &dev->lease;
     struct cursor c = body(call);
-    uint8_t how = take8(&c);
+    uint32_t how = take32(&c);
     int64_t left = 0;
     int err = 0;
 

@@ -186,6 +186,18 @@ def test_a_mount_that_is_killed_holds_up_nobody_for_long(export: Path, tmp_path:
         subprocess.run(["umount", "-l", a], check=False)
 
 
+def test_umount_ends_the_process_and_its_session(export: Path, tmp_path: Path) -> None:
+    (export / "f").write_bytes(b"old")
+    with two_mounts(export, tmp_path) as (a, b):
+        assert (a / "f").read_bytes() == b"old"
+        process, _ = STARTED.pop(0)
+        subprocess.run(["umount", a], check=True)
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+        (b / "f").write_bytes(b"new")
+        assert (export / "f").read_bytes() == b"new"
+
+
 def test_a_server_without_leases_is_named(export: Path, tmp_path: Path) -> None:
     with serving(export, "--unix", str(tmp_path / "socket")):
         process = start(tmp_path / "socket", tmp_path / "mnt", "--cache", "coherent")

@@ -21,9 +21,9 @@ from threading import Thread
 
 import pytest
 
-from confined import child
+from confined import child, needs_admin
 from serving import Served
-from xen9p import codec, lease_table, server
+from xen9p import codec, lease_table, sandbox, server, worker
 from xen9p.async_client import AsyncClient
 from xen9p.client import Client, Pending
 from xen9p.dataplane import DataPlane, Leases
@@ -367,6 +367,66 @@ def test_a_worker_of_two_processes_that_is_killed_while_it_changes_something(exp
         assert a.leased(b"f")
         assert pid not in table.pids()
     a.close()
+    table.close()
+
+
+def test_a_supervisor_cleans_up_after_workers_that_died_without_it(export: Path, tmp_path: Path) -> None:
+    path = lease_table.path_of(tmp_path, export)
+    table = lease_table.open_table(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    table.freeze()
+    device = DataPlane(os.open(export, os.O_RDONLY | os.O_DIRECTORY), readonly=False)
+    device.set_leases(table, TERM)
+    other = lease_table.open_table(path)
+    assert other.pids() == {os.getpid()}
+    lease_table.clean(tmp_path, {os.getpid()})
+    assert other.pids() == {os.getpid()}
+    lease_table.clean(tmp_path, set())
+    assert other.pids() == set()
+    lease_table.revoke(tmp_path, export)
+    device.close()
+    other.close()
+    table.close()
+
+
+@needs_admin
+def test_a_confined_worker_waits_and_is_told_like_any_other(export: Path) -> None:
+    """The table is mapped before the walls close, and futexes work behind them."""
+    (export / "f").write_bytes(b"old")
+    os.chmod(export / "f", 0o666)
+    table, ring = lease_table.new_table(), MemoryRing(5)
+    a = Guest(export, table, 30)
+    a.lease()
+    assert a.leased(b"f")
+
+    def serve() -> int:
+        worker.prepare_process()
+        root = sandbox.cage(str(export), readonly=False)
+        device = DataPlane(root, readonly=False)
+        device.set_leases(table, 30)
+        sandbox.shut(root, readonly=False)
+        ring.serve_with(device)
+        return int(device.run(server.serve))
+
+    with child(serve):
+        client, root = Client.connect(MemoryRingTransport(ring))
+        assert client.rpc(codec.Tlease(codec.LEASE_OPEN)) == codec.Rlease(30000, 65536)
+        fid = _open(client, root, os.O_WRONLY)
+        writing = client.submit(codec.Twrite(fid, 0, b"new"), codec.Rwrite)
+        told = a.poll().result(HANG)
+        a.poll(told.batch)
+        assert writing.result(HANG).count == 3
+        client.getattr(fid)
+        waiting = client.submit(codec.Trevoke(0), codec.Rrevoke)
+        changing = a.client.submit(
+            codec.Tsetattr(a.client.walk(a.root, b"f"), codec.SETATTR_MODE, 0o600, 0, 0, 0, 0, 0, 0, 0), codec.Rsetattr
+        )
+        batch = waiting.result(HANG).batch
+        client.submit(codec.Trevoke(batch), codec.Rrevoke)
+        changing.result(HANG)
+        client.close()
+    a.close()
+    ring.close()
     table.close()
 
 

@@ -29,7 +29,7 @@ CONTENDED: Final = 10.0
 """Seconds for which the kernel gets no name that has just been revoked: dropping it may have to wait for it."""
 PAGES: Final = 0.25
 """Seconds that a revocation waits for the page cache, which nobody reads before the attributes are asked for."""
-_THREADS: Final = 8
+_THREADS: Final = 4
 
 Name = tuple[int, bytes]
 
@@ -110,7 +110,10 @@ class Leased(Kept):
         self.leases: Leases | None = None
         self._kernel = kernel
         self._gone = gone
-        self._threads = ThreadPoolExecutor(_THREADS, "drop")
+        # Apart, so that what may have to wait for a request of the kernel's keeps nothing else from being dropped.
+        self._for_names = ThreadPoolExecutor(2 * _THREADS, "names")
+        self._for_attributes = ThreadPoolExecutor(_THREADS, "attributes")
+        self._for_data = ThreadPoolExecutor(_THREADS, "data")
         self._keys: dict[int, int] = {}
         self._files: defaultdict[int, set[int]] = defaultdict(set)  # by bucket
         self._names: defaultdict[int, set[Name]] = defaultdict(set)
@@ -155,9 +158,24 @@ class Leased(Kept):
             return False
         if (parent, name) not in self._names[bucket]:
             if self._count >= MOST_NAMES:
+                self._drop_cold()
+            if self._count >= MOST_NAMES:
                 return False
             self._hold((parent, name), bucket)
         return True
+
+    def _drop_cold(self) -> None:
+        """Forgets the names that the kernel does not use."""
+        now = time.monotonic()
+        for bucket, names in list(self._names.items()):
+            for name in list(names):
+                if self._granted.get(name, 0.0) < now:
+                    self._let_go(name, bucket)
+                    self._granted.pop(name, None)
+                    self._cache.invalidate_lookup(*name)
+            if not names:
+                del self._names[bucket]
+        self._contended = {name: until for name, until in self._contended.items() if until > now}
 
     def _hold(self, name: Name, bucket: int) -> None:
         if name not in self._names[bucket]:
@@ -220,7 +238,7 @@ class Leased(Kept):
         """As Kept says: the kernel has to ask before it uses it."""
         if self._cache.kernel_pages:
             self._spoil(ino)
-            await self._run(self._drop_attributes, (ino,))
+            await self._drop_attributes((ino,))
 
     async def settle(self, ino: int) -> None:
         """As Kept says. Not from a request that holds pages of the file: read(2) and write(2)."""
@@ -237,7 +255,7 @@ class Leased(Kept):
     async def _clear(self, files: Collection[int]) -> None:
         """Has the kernel drop data; what is spoiled meanwhile stays so."""
         session, before = self._session, {ino: self._stale.get(ino) for ino in files}
-        await self._run(self._drop_data, tuple(files))
+        await self._run(self._for_data, self._invalidate, tuple(files), False)
         for ino, count in before.items():
             self._clean[ino] = session
             if self._stale.get(ino) == count:
@@ -293,13 +311,13 @@ class Leased(Kept):
                 self._contended[name] = now + CONTENDED
                 last = max(last, until)
         if by_parent:
-            work = [asyncio.ensure_future(self._run(self._drop_entries, (p, n))) for p, n in by_parent.items()]
+            work = [asyncio.ensure_future(self._run(self._for_names, self._drop, p, n)) for p, n in by_parent.items()]
             await asyncio.wait(work, timeout=last - now)
 
     async def _drop_files(self, files: Collection[int]) -> None:
         if not files:
             return
-        await self._run(self._drop_attributes, tuple(files))
+        await self._drop_attributes(files)
         # A page that is being written is locked until the server has answered, and that may wait for others.
         quiet = tuple(ino for ino in files if ino in self._stale and ino not in self._writes)
         if quiet:
@@ -307,20 +325,19 @@ class Leased(Kept):
 
     # On threads: the kernel may have us wait for what it waits for from us.
 
-    async def _run(self, work: Callable[..., None], args: tuple[object, ...]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+    @staticmethod
+    async def _run(threads: ThreadPoolExecutor, work: Callable[..., None], *args: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(threads, work, *args)
 
-    def _drop_entries(self, parent: int, names: Iterable[bytes]) -> None:
+    async def _drop_attributes(self, files: Collection[int]) -> None:
+        await self._run(self._for_attributes, self._invalidate, tuple(files), True)
+
+    def _drop(self, parent: int, names: Iterable[bytes]) -> None:
         for name in names:
             with suppress(OSError):
                 self._kernel.invalidate_entry(parent, name)
 
-    def _drop_attributes(self, *files: int) -> None:
+    def _invalidate(self, files: Iterable[int], attr_only: bool) -> None:
         for ino in files:
             with suppress(OSError):
-                self._kernel.invalidate_inode(ino, True)
-
-    def _drop_data(self, *files: int) -> None:
-        for ino in files:
-            with suppress(OSError):
-                self._kernel.invalidate_inode(ino, False)
+                self._kernel.invalidate_inode(ino, attr_only)

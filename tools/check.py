@@ -23,7 +23,8 @@ FUZZ_SECONDS = "5"
 PACKAGE = "xen9p-src/tests"
 # Those that make filesystems and mounts: half of the package's time, so they run beside the others.
 STORE = [
-    f"{PACKAGE}/test_{n}.py" for n in ("dedup", "fuse", "path", "restore", "snapshot", "snapshot_commands", "torture")
+    f"{PACKAGE}/test_{n}.py"
+    for n in ("dedup", "fuse", "fuse_coherent", "path", "restore", "snapshot", "snapshot_commands", "torture")
 ]
 
 

@@ -40,10 +40,10 @@ HANG = 20.0  # seconds after which something will not end any more
 class Guest:
     """A device of its own on a shared table, with a client that does by hand what leases.py does."""
 
-    def __init__(self, path: Path, table: Leases, term: float = TERM) -> None:
+    def __init__(self, path: Path, table: Leases, term: float = TERM, peer: int = 0) -> None:
         self.ring = MemoryRing(5)
         self.served = Served(path)
-        self.served.device.set_leases(table, term)
+        self.served.device.set_leases(table, term, peer)
         self.ring.serve_with(self.served.device)
         self.served.start()
         self.client, self.root = Client.connect(MemoryRingTransport(self.ring))
@@ -208,6 +208,23 @@ def test_who_never_gives_up_holds_up_others_for_a_term_and_once(export: Path) ->
         with pytest.raises(BlockingIOError):
             a.lease()
         assert a.served.device.lease_stats()["voided"] == 1
+
+
+def test_a_new_device_does_not_help_who_has_not_given_up(export: Path) -> None:
+    (export / "f").write_bytes(b"old")
+    with two(export) as (_, b, table):
+        a = Guest(export, table, peer=7)
+        a.lease()
+        a.key(b"f")
+        b.client.write_file(b.root, b"f", b"new")
+        assert table.stats()["voided"] == 1
+        a.close()
+        again, somebody = Guest(export, table, peer=7), Guest(export, table, peer=8)
+        with pytest.raises(BlockingIOError):
+            again.lease()
+        somebody.lease()
+        again.close()
+        somebody.close()
 
 
 def test_who_gives_up_late_each_time_gets_no_leases_any_more(export: Path) -> None:

@@ -165,7 +165,7 @@ class Worker:
         device = DataPlane(root, readonly, self._limits, authenticator, users)
         try:
             if table is not None and shared:
-                device.set_leases(table, float(shared["term"]))
+                device.set_leases(table, float(shared["term"]), int(self.request["domid"]))
             device.open_xen()
             missing = sandbox.shut(root, readonly)
         except Xen9pError:

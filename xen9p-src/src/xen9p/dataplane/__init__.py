@@ -268,18 +268,14 @@ class DataPlane:
             raise Xen9pError(f"cannot take the guest's users: {os.strerror(err)}", errno=err)
         self.users = users
 
-    def set_leases(self, leases: Leases, term: float) -> None:
+    def set_leases(self, leases: Leases, term: float, peer: int = 0) -> None:
         """Has what this device changes taken from the clients of others, and gives leases to its own. Before run().
 
         Args:
             term: for how many seconds a lease session goes on without its client; 0 for no leases.
-
-        Raises:
-            Xen9pError: too many devices share the table.
+            peer: a number for who has this device and may have others (a domain's); 0 for somebody who has but this.
         """
-        err = lib.x9_dev_set_leases(self._dev, leases.handle, int(term * 1000))
-        if err:
-            raise Xen9pError("too many devices share a lease table", "at most 256 serve overlapping directories", err)
+        lib.x9_dev_set_leases(self._dev, leases.handle, int(term * 1000), peer)
         self._keep.append(leases)
 
     # Links.

@@ -107,7 +107,7 @@ void x9_leases_thaw(x9_leases *table);
 uint32_t x9_leases_recover(x9_leases *table, uint32_t pid);
 uint32_t x9_leases_pids(x9_leases *table, uint32_t *pids, uint32_t count);
 void x9_leases_stats(x9_leases *table, x9_lease_stats *out);
-int x9_dev_set_leases(x9_dev *dev, x9_leases *table, uint32_t term_ms);
+void x9_dev_set_leases(x9_dev *dev, x9_leases *table, uint32_t term_ms, uint32_t peer);
 void x9_dev_lease_stats(x9_dev *dev, x9_lease_counts *out);
 
 x9_req *x9_next_cold(x9_dev *dev);

@@ -25,12 +25,15 @@
 #define RECORDS 256u  /* devices of one table that can be cleaned up after */
 #define RECORDED 256u /* buckets that a device may be changing at once and that can be */
 #define REFUSED_TERMS 5
+#define PEERS 1024u   /* two peers with the same number modulo this are refused together */
 #define IDLE_NS INT64_C(5000000000)
 
 /* All fields are atomic; times are CLOCK_MONOTONIC in ns, which all processes of a host share. */
 struct session {
     int64_t oldest;  /* since when something is to be given up; 0: nothing is */
     uint32_t everything, everything_sent;
+    uint32_t peer; /* whose it is, and the term that it has */
+    int64_t term;
     uint64_t groups[GROUPS]; /* which words of pending have bits */
     uint64_t pending[WORDS]; /* buckets to be given up, */
     uint64_t sent[WORDS];    /* and those of them that the client has been told and has not confirmed */
@@ -46,6 +49,7 @@ struct x9_leases {
     uint32_t magic, signal; /* signal: a futex, counts whatever somebody may wait for */
     uint32_t active, frozen;
     uint64_t opened, revoked, voided;
+    int64_t refused[PEERS];    /* until when a peer gets no session; 0 is nobody's number */
     int64_t expires[SESSIONS]; /* 0: there is no such session. Who sets it to 0 ends it */
     struct record records[RECORDS];
     struct session sessions[SESSIONS];
@@ -109,6 +113,13 @@ static void expire(struct x9_leases *table, uint32_t number, int64_t expires)
     signal_all(table);
 }
 
+/* No session for a while, on whichever device: to begin anew is to be of no use. */
+static void refuse(struct x9_leases *table, uint32_t peer, int64_t term)
+{
+    if (peer)
+        __atomic_store_n(&table->refused[peer % PEERS], now() + REFUSED_TERMS * term, __ATOMIC_SEQ_CST);
+}
+
 static bool has_pending(const struct session *session)
 {
     bool any = load32(&session->everything);
@@ -153,6 +164,7 @@ static bool owes(struct x9_leases *table, uint32_t number, uint32_t bucket, int6
     if (!owed)
         return false;
     if (now() > expires) {
+        refuse(table, load32(&session->peer), load_time(&session->term));
         expire(table, number, expires);
         return load_time(&table->expires[number]) != 0; /* it may have been renewed this very moment: look again */
     }
@@ -423,7 +435,7 @@ static int open_session(struct x9_dev *dev)
 
     end_session(dev); /* who opens one has nothing left of another */
     lease->condemned = false;
-    if (began < lease->refused_until)
+    if (began < lease->refused_until || (lease->peer && began < load_time(&table->refused[lease->peer % PEERS])))
         return EAGAIN;
     pthread_mutex_lock(&dev->lock);
     bool busy = lease->poll != NULL;
@@ -456,6 +468,8 @@ static int open_session(struct x9_dev *dev)
     __atomic_store_n(&session->everything, 0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&session->everything_sent, 0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&session->oldest, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&session->peer, lease->peer, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&session->term, lease->term_ns, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&table->opened, 1, __ATOMIC_RELAXED);
     pthread_mutex_lock(&dev->lock);
     lease->batch = 0, lease->unconfirmed = false, lease->debt = 0;
@@ -579,6 +593,7 @@ int h_revoke(struct x9_call *call)
     if (slow && !err && !lease->condemned) {
         /* It is not renewed any more, and ends with its term: until then its client may use what it has. */
         lease->condemned = true;
+        refuse(lease->table, lease->peer, lease->term_ns);
         lease->refused_until = now() + REFUSED_TERMS * lease->term_ns;
         __atomic_add_fetch(&lease->voided, 1, __ATOMIC_RELAXED);
     }
@@ -961,8 +976,9 @@ void lease_end(struct x9_dev *dev)
 }
 
 /* Has a device take part in a table, which stays the caller's and must outlive it. Before it serves. A term of 0: its
- * client gets no leases. Returns 0 or ENOSPC: too many devices. */
-int x9_dev_set_leases(x9_dev *dev, x9_leases *table, uint32_t term_ms)
+ * client gets no leases. peer: who that is, if it may have several devices; else 0. With more devices than the table has
+ * records, the rest cannot be cleaned up after: if they die, some buckets give no leases any more. */
+void x9_dev_set_leases(x9_dev *dev, x9_leases *table, uint32_t term_ms, uint32_t peer)
 {
     uint32_t i, none = 0;
 
@@ -970,10 +986,8 @@ int x9_dev_set_leases(x9_dev *dev, x9_leases *table, uint32_t term_ms)
         if (__atomic_compare_exchange_n(&table->records[i].pid, &none, (uint32_t)getpid(), false, __ATOMIC_SEQ_CST,
                                         __ATOMIC_SEQ_CST))
             break;
-    if (i == RECORDS)
-        return ENOSPC;
     dev->lease.table = table, dev->lease.record = i, dev->lease.term_ns = (int64_t)term_ms * 1000000;
-    return 0;
+    dev->lease.peer = peer;
 }
 
 void x9_dev_lease_stats(x9_dev *dev, x9_lease_counts *out)

@@ -221,7 +221,7 @@ struct x9_claim {
 #define X9_REVOKED 512u /* buckets in a Rrevoke: it fits the smallest msize */
 struct x9_lease {
     x9_leases *table; /* NULL: nobody gets any */
-    uint32_t record;
+    uint32_t record, peer;
     int64_t term_ns;
     uint32_t slot;             /* atomic; X9_NOID: there is no session */
     int64_t granted, granting; /* atomic: until when it is, or is about to be */

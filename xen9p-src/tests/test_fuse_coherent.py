@@ -24,6 +24,7 @@ from test_serve import serving
 __all__ = ["nothing_stays"]
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"this machine lacks {missing()}")
 SECONDS = float(os.environ.get("XEN9P_COHERENT", "2"))
+LEAST = 30  # steps, also on a machine that is busy
 TERM = 1.0
 
 
@@ -96,7 +97,7 @@ def test_in_turns(export: Path, tmp_path: Path) -> None:
     model, steps = Model(random.Random(seed)), 0
     with two_mounts(export, tmp_path) as mounts:
         until = time.monotonic() + SECONDS
-        while time.monotonic() < until:
+        while time.monotonic() < until or steps < LEAST:
             model.change(model.rng.choice(mounts))
             steps += 1
             for at in mounts:
@@ -104,7 +105,6 @@ def test_in_turns(export: Path, tmp_path: Path) -> None:
                     model.check(at)
                 except AssertionError as error:
                     raise AssertionError(f"seed {seed}, step {steps}: {error}") from error
-    assert steps > 10
 
 
 def test_a_descriptor_that_stays_open_sees_what_the_other_writes(export: Path, tmp_path: Path) -> None:

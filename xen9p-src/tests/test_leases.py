@@ -34,6 +34,7 @@ from xen9p.transport.stream_client import SocketTransport
 
 SECONDS = float(os.environ.get("XEN9P_COHERENT", "2"))
 TERM = 0.6
+LEAST = 1000  # reads of the long test, also on a machine that is busy
 HANG = 20.0  # seconds after which something will not end any more
 
 
@@ -500,7 +501,7 @@ async def use(keepers: list[Keeper], names: list[bytes], seconds: float, seed: i
     async def one(keeper: Keeper, mine: bytes, rng: random.Random) -> None:
         nonlocal reads
         value = 0
-        while time.monotonic() < until:
+        while time.monotonic() < until or reads < LEAST:
             if rng.random() < 0.1:
                 value += 1
                 await keeper.write(mine, value)
@@ -534,7 +535,6 @@ def test_nothing_old_is_ever_read_through_workers_of_two_processes(export: Path)
             keepers.append(Keeper(client, root))
             await keepers[-1].leases.open()
         reads = await use(keepers, names, SECONDS, seed=random.randrange(1 << 30))
-        assert reads > 100
         assert sum(k.hits for k in keepers) > reads / 4, "it is a cache"
         for keeper in keepers:
             await keeper.leases.close()

@@ -15,14 +15,16 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
 from confined import child, needs_admin
+from hostile import descriptors
 from serving import Served
+from test_limits import HEAP_SLACK, growth
 from xen9p import codec, lease_table, sandbox, server, worker
 from xen9p.async_client import AsyncClient
 from xen9p.client import Client, Pending
@@ -293,6 +295,29 @@ def test_what_waits_can_be_flushed(export: Path) -> None:
         a.client.transport.send(codec.encode(codec.Tflush(100), 101))
         assert codec.decode(a.client.transport.recv(HANG))[1] == codec.Rlerror(125)  # ECANCELED
         assert codec.decode(a.client.transport.recv(HANG)) == (101, codec.Rflush())
+
+
+def test_repetition_keeps_nothing(export: Path) -> None:
+    (export / "f").write_bytes(b"old")
+    with two(export, 30) as (a, b, table):
+
+        def work() -> None:
+            a.lease()
+            poll = a.poll()
+            a.key(b"f")
+            b.client.submit(codec.Tsetattr(file, codec.SETATTR_MODE, 0o600, 0, 0, 0, 0, 0, 0, 0), codec.Rsetattr)
+            a.lease(codec.LEASE_CLOSE)
+            with suppress(OSError):
+                poll.result(HANG)
+            b.key(b"f")
+
+        file = b.client.walk(b.root, b"f")
+        for _ in range(50):
+            work()
+        before = descriptors()
+        assert growth(work) < HEAP_SLACK
+        assert descriptors() == before
+        assert table.stats()["sessions"] == 0
 
 
 def test_nonsense(export: Path) -> None:

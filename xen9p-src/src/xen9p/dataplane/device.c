@@ -425,6 +425,7 @@ static void park(struct x9_dev *dev, struct x9_req *req)
         }
     }
     if (err) {
+        obs_start(&req->note);
         x9_reply_errno(dev, req, (uint32_t)err);
         return;
     }

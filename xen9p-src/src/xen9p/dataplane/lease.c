@@ -336,6 +336,7 @@ static void tell(struct x9_dev *dev)
     pthread_mutex_unlock(&dev->lock);
     if (!poll)
         return;
+    obs_start(&poll->note); /* not the reader's any more */
     if (err)
         x9_reply_errno(dev, poll, err);
     else

@@ -25,8 +25,8 @@ PACKAGE = "xen9p-src/tests"
 STORE = [
     f"{PACKAGE}/test_{n}.py"
     for n in (
-        "cache_commands", "caching_worker", "dedup", "fuse", "origin", "path", "prefetch", "restore", "snapshot",
-        "snapshot_commands", "streams", "torture",
+        "cache_commands", "caching_worker", "dedup", "fuse", "fuse_coherent", "origin", "path", "prefetch", "restore",
+        "snapshot", "snapshot_commands", "streams", "torture",
     )
 ]  # fmt: skip
 

@@ -206,6 +206,8 @@ NOTES = {
     "h_read": "page cache to ring, without a copy between; what is not cached goes to the pool",
     "h_write": "ring to page cache, without a copy between; what would wait goes to the pool",
     "h_walk": "dentry cache only; what is not cached goes to the pool",
+    "h_lease": "ours: a [lease session](../decisions/0025-leases.md) is opened, renewed or ended",
+    "h_revoke": "ours: waits until the client has to give something up; the next one says that it has",
     "h_lopen": "with `O_TRUNC` in the pool",
 }
 
@@ -216,7 +218,7 @@ def messages(root: Path) -> str:
     count = {where: sum(row.where == where for row in rows) for where in ("reader", "pool", "Python")}
     lines = [
         "# Messages\n",
-        "Every request of 9P2000.L, and where a worker answers it. The page is made from the codec "
+        "Every request of 9P2000.L and two of our own, and where a worker answers it. The page is made from the codec "
         "(`codec.py`) and from the tables of the data plane (`dataplane/fs.c`) and of the server (`server.py`).\n",
         f"- **reader**: the C thread that takes messages off the rings answers at once ({count['reader']} messages).",
         f"- **pool**: a C thread that may sleep answers ({count['pool']} messages).",
@@ -236,7 +238,13 @@ def messages(root: Path) -> str:
         "```text",
     ]
     lines += [_layout_pair(root, row) for row in rows]
-    lines += ["```", "", "A request that fails is answered by `Rlerror 7: ecode[4]`, a Linux errno.\n"]
+    lines += [
+        "```",
+        "",
+        "A request that fails is answered by `Rlerror 7: ecode[4]`, a Linux errno. "
+        "To a client with a lease session the highest "
+        "bit of a reply's type says that nothing of it may be kept.\n",
+    ]
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ COVERAGE = "-fsanitize-coverage=trace-pc"
 """Has gcc call __sanitizer_cov_trace_pc() in each basic block; xen9p-src/fuzz/cover.c counts them."""
 IN_C = (
     "ring", "ring_room", "server", "client", "limits", "races", "threats", "flush", "locks", "xattr", "users", "rates",
-    "auth", "pause", "streams", "origin", "prefetch",
+    "auth", "pause", "leases", "streams", "origin", "prefetch",
 )  # fmt: skip
 """The tests that run C for the most part; the others are left out where time is short."""
 WITH_PROCESSES = {"thread": "not two_processes and not confined"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fuzz.steps import Conversation, Send, Wait
 from fuzz.target import LIMITS, ORDER, Target
-from xen9p import codec, server
+from xen9p import codec, lease_table, server
 from xen9p.client import Client
 from xen9p.dataplane import DataPlane
 from xen9p.transport.memory import MemoryRing, MemoryRingTransport
@@ -107,6 +107,19 @@ def special(client: Client, root: int) -> None:
     client.remove(fid)
 
 
+def leases(client: Client, root: int) -> None:
+    """A client that keeps what it has looked at, and changes it itself."""
+    client.rpc(codec.Tlease(codec.LEASE_OPEN))
+    look(client, root)
+    waiting = client.submit(codec.Trevoke(0), codec.Rrevoke)
+    client.write_file(root, b"f", b"new")
+    client.rpc(codec.Tlease(codec.LEASE_RENEW))
+    client.renameat(root, b"f", root, b"h")
+    client.rpc(codec.Tlease(codec.LEASE_CLOSE))
+    with contextlib.suppress(OSError):
+        waiting.result()
+
+
 def remount(client: Client, root: int) -> None:
     """A second Tversion with fids open."""
     client.lopen(client.walk(root, b"f"))
@@ -114,13 +127,15 @@ def remount(client: Client, root: int) -> None:
     look(client, client.attach(n_uname=1000))
 
 
-SCRIPTS: tuple[Callable[[Client, int], None], ...] = (look, write, tree, deep, special, remount)
+SCRIPTS: tuple[Callable[[Client, int], None], ...] = (look, write, tree, deep, special, leases, remount)
 
 
 def record(script: Callable[[Client, int], None], export: Path) -> Conversation:
     """What the client says when it runs a script against a server of its own."""
     ring = MemoryRing(ORDER)
     device = DataPlane(os.open(export, os.O_RDONLY | os.O_DIRECTORY), False, LIMITS)
+    table = lease_table.new_table()
+    device.set_leases(table, 30)
     ring.serve_with(device)
     thread = threading.Thread(target=device.run, args=(server.serve,))
     thread.start()
@@ -134,6 +149,7 @@ def record(script: Callable[[Client, int], None], export: Path) -> Conversation:
         thread.join()
         recorder.close()
         device.close()
+        table.close()
         ring.close()
     return tuple(step for data in recorder.sent for step in (Send(spread(data), data), Wait()))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from xen9p import codec
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -42,8 +44,11 @@ Conversation: TypeAlias = tuple[Step, ...]
 
 
 def is_strict(conversation: Conversation) -> bool:
-    """Whether every reply can be foretold: nothing was changed after it was published."""
-    return all(isinstance(step, Send | Wait) for step in conversation)
+    """Whether every reply can be foretold: nothing was changed after it was published, and nothing waits for others."""
+    return all(
+        isinstance(step, Wait) or (isinstance(step, Send) and step.data[4:5] != bytes((codec.Trevoke.type,)))
+        for step in conversation
+    )
 
 
 def to_text(conversation: Conversation) -> str:

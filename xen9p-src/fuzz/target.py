@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuzz.steps import Conversation, Index, Poke, Send, Step, Wait, is_strict
-from xen9p import codec, server
-from xen9p.dataplane import DataPlane, Limits, Verdict
+from xen9p import codec, lease_table, server
+from xen9p.dataplane import DataPlane, Leases, Limits, Verdict
 from xen9p.errors import ProtocolError
 from xen9p.transport.memory import IN_CONS, IN_PROD, OUT_CONS, OUT_PROD, RING_ORDER, MemoryRing, MemoryRingTransport
 from xen9p.users import Identity, Users
@@ -36,6 +36,7 @@ LIMITS = Limits(
     python_threads=2,
     spin_us=0,
 )
+LEASE_TERM = 0.1  # seconds
 USERS = (
     None,
     Users(checks=True, groups=((1000, (1000, 100)),)),
@@ -74,6 +75,7 @@ class Target:
         self.clean()
         self._before = self._surroundings()
         self._rings = [MemoryRing(ORDER) for _ in range(RINGS)]
+        self._leases = lease_table.new_table()
 
     def clean(self) -> None:
         """Makes the export's content anew."""
@@ -90,6 +92,7 @@ class Target:
         """Removes everything."""
         for ring in self._rings:
             ring.close()
+        self._leases.close()
         shutil.rmtree(self.folder)
 
     def _surroundings(self) -> tuple[object, ...]:
@@ -108,11 +111,11 @@ class Target:
         Raises:
             FindingError: an answer too many, too few or wrong, the canary on a ring, no end.
         """
-        return _Run(self.export, self._rings, conversation).go()
+        return _Run(self.export, self._rings, self._leases, conversation).go()
 
 
 class _Run:
-    def __init__(self, export: Path, rings: list[MemoryRing], conversation: Conversation) -> None:
+    def __init__(self, export: Path, rings: list[MemoryRing], leases: Leases, conversation: Conversation) -> None:
         self.conversation = conversation
         self.rings = rings
         self.strict = is_strict(conversation)
@@ -126,6 +129,7 @@ class _Run:
         # Always the same for a conversation, so that it can be run again.
         users = USERS[zlib.crc32(repr(conversation[:4]).encode()) % len(USERS)] if os.geteuid() == 0 else None
         self.device = DataPlane(os.open(export, os.O_RDONLY | os.O_DIRECTORY), False, LIMITS, users=users)
+        self.device.set_leases(leases, LEASE_TERM)
         for ring in rings:
             ring.serve_with(self.device)
         self.fronts = [MemoryRingTransport(ring, timeout=0) for ring in rings]
@@ -282,7 +286,7 @@ def check_reply(reply: bytes) -> tuple[int, codec.Message]:
     if len(reply) > MAX_MSIZE:
         raise FindingError(f"a reply has {len(reply)} bytes, more than any msize")
     try:
-        tag, message = codec.decode(reply)
+        tag, message = codec.decode(codec.strip_lease(reply)[0])
         if isinstance(message, codec.Rreaddir):
             for entry in codec.decode_dirents(message.data):
                 if b"/" in entry.name or not entry.name:

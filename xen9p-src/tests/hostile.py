@@ -36,6 +36,8 @@ SAMPLES: tuple[codec.Message, ...] = (
     codec.Tmkdir(ROOT, b"made", 0o755, 0),
     codec.Trenameat(ROOT, b"f", ROOT, b"made"),
     codec.Tunlinkat(ROOT, b"f", 0),
+    codec.Tlease(codec.LEASE_OPEN),
+    codec.Trevoke(0),
     codec.Tversion(32768, codec.VERSION),
     codec.Tauth(NEW, b"user", b"", 0),
     codec.Tattach(NEW, codec.NOFID, b"user", b"", 0),

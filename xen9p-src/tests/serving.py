@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from xen9p import server
+from xen9p import lease_table, server
 from xen9p.auth import Authenticator
 from xen9p.client import Client
 from xen9p.dataplane import DataPlane, Limits, Verdict
@@ -120,7 +120,8 @@ OPENERS: dict[str, Callable[..., object]] = {"memory": memory_session, "socket":
 
 @contextmanager
 def serve_unix(path: Path, where: Path) -> Iterator[Path]:
-    """Serves path on a Unix socket to any number of clients, each with a device of its own."""
+    """Serves path on a Unix socket to any number of clients, each with a device of its own; they may have leases."""
+    table = lease_table.new_table()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(where))
     listener.listen()
@@ -131,6 +132,7 @@ def serve_unix(path: Path, where: Path) -> Iterator[Path]:
             while True:
                 stream, _ = listener.accept()
                 served = Served(path)
+                served.device.set_leases(table, 3.0)
                 served.device.add_stream(stream)
                 served.start()
                 devices.append((served, stream))
@@ -146,3 +148,4 @@ def serve_unix(path: Path, where: Path) -> Iterator[Path]:
         for served, stream in devices:
             served.close()
             stream.close()
+        table.close()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from btrfsloop import MISSING, mounted, subvolume
+
 from test_streams import forget
 from xen9p import cli, page_cache, policy, prefetch
 from xen9p.caching import Caching

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from btrfsloop import MISSING, mounted
+
 from confined import child
 from test_origin import OLD, trees  # noqa: F401  # a fixture
 from test_streams import forget, here

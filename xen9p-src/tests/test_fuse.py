@@ -108,7 +108,9 @@ def mounted(export: Path, tmp_path: Path, *options: str) -> Iterator[Path]:
         assert not os.path.ismount(tmp_path / "mnt")
 
 
-@pytest.mark.parametrize(("cache", "seed"), [("none", 1), ("none", 2), ("timed", 3), ("timed", 4)])
+@pytest.mark.parametrize(
+    ("cache", "seed"), [("none", 1), ("none", 2), ("timed", 3), ("timed", 4), ("coherent", 5), ("coherent", 6)]
+)
 def test_random_operations_as_in_a_local_directory(export: Path, tmp_path: Path, cache: str, seed: int) -> None:
     old = os.umask(0o022)
     try:
@@ -246,7 +248,7 @@ def refused(err: int) -> AbstractContextManager[object]:
     return pytest.raises(OSError, match=os.strerror(err))
 
 
-@pytest.mark.parametrize("cache", ["none", "timed"])
+@pytest.mark.parametrize("cache", ["none", "timed", "coherent"])
 def test_extended_attributes(export: Path, tmp_path: Path, cache: str) -> None:
     (export / "f").touch()
     with mounted(export, tmp_path, "--cache", cache, "--cache-seconds", "30") as here:

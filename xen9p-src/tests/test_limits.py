@@ -197,6 +197,8 @@ class Everything:
                 codec.Tstatfs(none),
                 codec.Tlopen(none, 0),
                 codec.Tclunk(none),
+                codec.Tlease(9),
+                codec.Trevoke(7),
             ):
                 self.refused(message)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from btrfsloop import MISSING, mounted, subvolume
+
 from confined import child
 from serving import Served, Session
 from test_streams import forget, here

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from btrfsloop import MISSING, mounted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btrfsloop import MISSING, mounted
 from serving import Served, Session
 from test_streams import forget, here
 from xen9p import cache_policy, prefetch

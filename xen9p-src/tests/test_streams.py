@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from btrfsloop import MISSING, mounted
+
 from serving import OPENERS, Session, memory_session
 from xen9p import page_cache
 from xen9p.dataplane import Limits

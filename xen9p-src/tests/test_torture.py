@@ -50,7 +50,7 @@ def test_a_local_directory_is_sound(here: Path) -> None:
 
 
 @WITH_FUSE
-@pytest.mark.parametrize(("cache", "seed"), [("none", "1"), ("timed", "2")])
+@pytest.mark.parametrize(("cache", "seed"), [("none", "1"), ("timed", "2"), ("coherent", "3")])
 def test_a_mount_is_sound(export: Path, tmp_path: Path, cache: str, seed: str) -> None:
     with mounted(export, tmp_path, "--cache", cache) as here:
         done = torture(here, "--seed", seed)

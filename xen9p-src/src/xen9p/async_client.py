@@ -56,6 +56,8 @@ class AsyncClient:
         self.transport = transport
         self.msize = msize
         self._lost = lost
+        self.unleased: Callable[[Message], None] | None = None
+        """Called with each Rrevoke and each reply of which nothing may be kept, the moment it is here (leases.py)."""
         self._loop = asyncio.get_running_loop()
         self._fids = requests.Fids()
         self._next_tag = 0
@@ -127,7 +129,10 @@ class AsyncClient:
             self._receive()
 
     def _dispatch(self, data: bytes) -> None:
+        data, leased = codec.strip_lease(data)
         tag, reply = codec.decode(data)
+        if self.unleased is not None and (not leased or isinstance(reply, codec.Rrevoke)):
+            self.unleased(reply)
         call = self._calls.get(tag)
         if call is None:
             raise ProtocolError(f"{type(reply).__name__} has tag {tag}, no request with it is under way")

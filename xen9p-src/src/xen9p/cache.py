@@ -4,8 +4,9 @@ The mount asks its cache before it asks the server, and tells it what it learns 
 called in one thread, between two messages, and must not block. A cache knows files by their inode number. It is free
 to forget anything at any time; what it must never do is to go on saying what it has been told is no longer so.
 
-What *others* change on the server nobody tells it. How old an answer may be is the cache's decision, and its whole
-difference: see opened().
+What *others* change on the server nobody tells it, and how old an answer may be is the cache's decision: see opened().
+Unless it is `coherent`: then the mount has leases (leases.py), the cache gets only what it may keep, and revoked() is
+told what others are about to change.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import importlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from xen9p.attributes import Attributes
+from xen9p.codec import Dirent
 from xen9p.errors import Xen9pError
 
 BLOCK: Final = 128 * 1024
@@ -34,6 +36,9 @@ class Cache:
     """How long the guest's kernel may use names and attributes without asking the mount."""
     kernel_pages: bool = False
     """Whether the guest's kernel may keep data in its page cache. Shared mmap(2) needs it."""
+    coherent: bool = False
+    """Whether it is told what others change. The server has to give leases; how long the kernel may keep something is
+    the lease's to say, and not kernel_seconds'."""
 
     def __init__(self, seconds: float = 1.0) -> None:
         self.seconds = seconds
@@ -48,7 +53,21 @@ class Cache:
         """The server has said so."""
 
     def invalidate_lookup(self, parent: int, name: bytes) -> None:
-        """The name has been removed or now means another file."""
+        """The name has been removed or made, or now means another file."""
+
+    def missing(self, parent: int, name: bytes) -> bool:
+        """Whether there is no such name in a directory; False to ask the server."""
+        return False
+
+    def put_missing(self, parent: int, name: bytes) -> None:
+        """The server has said so; asked for only in a cache that is coherent."""
+
+    def listing(self, ino: int) -> Sequence[Dirent] | None:
+        """All entries of a directory but . and .., None to ask the server."""
+        return None
+
+    def put_listing(self, ino: int, entries: Sequence[Dirent]) -> None:
+        """The server has said so; invalidate_attr() ends it, too. Called only for a cache that is coherent."""
 
     # Attributes.
 
@@ -79,6 +98,17 @@ class Cache:
         """count bytes from offset on have been written; None: from there on everything may be different."""
 
     # The end.
+
+    def revoked(self, files: Collection[int], names: Collection[tuple[int, bytes]]) -> None:
+        """Others are about to change these files and names (directory, name): by now they may be different.
+
+        Called only for a cache that is coherent. Unless it is overridden, the methods above are told.
+        """
+        for ino in files:
+            self.invalidate_attr(ino)
+            self.invalidate_data(ino)
+        for parent, name in names:
+            self.invalidate_lookup(parent, name)
 
     def forget(self, ino: int) -> None:
         """The kernel does not know the file any more: it will look it up before it asks for it again."""
@@ -202,7 +232,77 @@ class TimedCache(Cache):
         self._versions.pop(ino, None)
 
 
-BUILT_IN: Final[dict[str, type[Cache]]] = {"none": Cache, "timed": TimedCache}
+class CoherentCache(Cache):
+    """Names, attributes and directories as long as nobody changes them; data is left to the kernel's page cache."""
+
+    kernel_pages = True
+    coherent = True
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        super().__init__(seconds)
+        self._names: dict[tuple[int, bytes], int | None] = {}  # None: there is no such name
+        self._names_in: dict[int, set[bytes]] = {}
+        self._attrs: dict[int, Attributes] = {}
+        self._listings: dict[int, Sequence[Dirent]] = {}
+
+    def lookup(self, parent: int, name: bytes) -> int | None:
+        """As Cache says."""
+        return self._names.get((parent, name))
+
+    def missing(self, parent: int, name: bytes) -> bool:
+        """As Cache says."""
+        return self._names.get((parent, name), 0) is None
+
+    def put_lookup(self, parent: int, name: bytes, ino: int) -> None:
+        """As Cache says."""
+        self._put(parent, name, ino)
+
+    def put_missing(self, parent: int, name: bytes) -> None:
+        """As Cache says."""
+        self._put(parent, name, None)
+
+    def _put(self, parent: int, name: bytes, ino: int | None) -> None:
+        self._names[parent, name] = ino
+        self._names_in.setdefault(parent, set()).add(name)
+
+    def invalidate_lookup(self, parent: int, name: bytes) -> None:
+        """As Cache says."""
+        self._names.pop((parent, name), None)
+        self._names_in.get(parent, set()).discard(name)
+
+    def listing(self, ino: int) -> Sequence[Dirent] | None:
+        """As Cache says."""
+        return self._listings.get(ino)
+
+    def put_listing(self, ino: int, entries: Sequence[Dirent]) -> None:
+        """As Cache says."""
+        self._listings[ino] = entries
+
+    def attr(self, ino: int) -> Attributes | None:
+        """As Cache says."""
+        return self._attrs.get(ino)
+
+    def put_attr(self, ino: int, attr: Attributes) -> None:
+        """As Cache says."""
+        self._attrs[ino] = attr
+
+    def invalidate_attr(self, ino: int) -> None:
+        """As Cache says."""
+        self._attrs.pop(ino, None)
+        self._listings.pop(ino, None)
+
+    def opened(self, ino: int, attr: Attributes) -> bool:
+        """As Cache says: the mount has dropped from the kernel what is no good any more."""
+        return True
+
+    def forget(self, ino: int) -> None:
+        """As Cache says."""
+        self.invalidate_attr(ino)
+        for name in self._names_in.pop(ino, ()):
+            self._names.pop((ino, name), None)
+
+
+BUILT_IN: Final[dict[str, type[Cache]]] = {"none": Cache, "timed": TimedCache, "coherent": CoherentCache}
 
 
 def load(name: str, seconds: float) -> Cache:

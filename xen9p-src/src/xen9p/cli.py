@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from xen9p import __version__, auth, cache_options, control, dedup_options, file_options, options, policy, snapshot_options
+from xen9p import (
+    __version__,
+    auth,
+    cache_options,
+    control,
+    dedup_options,
+    file_options,
+    options,
+    policy,
+    snapshot_options,
+)
 from xen9p.errors import Xen9pError
 
 EXIT_USAGE: Final = 2
@@ -95,6 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--keys", type=Path, metavar="FILE", help="only to clients that have one of its keys; see: xen9p key make"
+    )
+    serve.add_argument(
+        "--leases",
+        type=file_options.lease_term,
+        default=0.0,
+        metavar="SECONDS",
+        help="give leases, for xen9p mount --cache coherent; others wait so long for a client that is gone",
     )
     where = serve.add_mutually_exclusive_group(required=True)
     where.add_argument("--unix", metavar="PATH", help="listen on a Unix socket")
@@ -333,13 +350,13 @@ def _serve(args: argparse.Namespace) -> int:
 
     where = args.unix or args.tcp
     if args.trace is None:
-        return serve_socket(args.export, args.ro, where, keys=args.keys)
+        return serve_socket(args.export, args.ro, where, keys=args.keys, term=args.leases)
     from xen9p.trace import format_of  # noqa: PLC0415
     from xen9p.tracer import Sink  # noqa: PLC0415
 
     sink = Sink(_output(args.trace), format_of(args.trace), lambda text: print(f"xen9p: {text}", file=sys.stderr))
     try:
-        return serve_socket(args.export, args.ro, where, sink, args.keys)
+        return serve_socket(args.export, args.ro, where, sink, keys=args.keys, term=args.leases)
     finally:
         sink.close()
 

@@ -144,7 +144,8 @@ class Client:
 
     def receive(self, timeout: float | None = None) -> None:
         """Waits for one reply and hands it to its request. Seconds; None for as long as the transport waits."""
-        tag, reply = codec.decode(self.transport.recv() if timeout is None else self.transport.recv(timeout))
+        data = self.transport.recv() if timeout is None else self.transport.recv(timeout)
+        tag, reply = codec.decode(codec.strip_lease(data)[0])
         pending = self._waiting.pop(tag, None)
         if pending is None:
             raise ProtocolError(f"{type(reply).__name__} has tag {tag}, no request with it is under way")

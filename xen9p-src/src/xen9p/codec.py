@@ -75,6 +75,15 @@ LOCK_GRACE: Final = 3
 
 AT_REMOVEDIR: Final = 0x200
 
+LEAST_TERM: Final = 0.5
+MOST_TERM: Final = 60.0
+"""Seconds of a lease session's term. Others wait as long for a client that is gone."""
+LEASE_OPEN: Final = 0
+LEASE_RENEW: Final = 1
+LEASE_CLOSE: Final = 2
+UNLEASED: Final = 0x80
+"""In the type of a reply to a client with a lease session: nothing of it may be kept."""
+
 _HEADER: Final = struct.Struct("<IBH")
 
 
@@ -516,6 +525,37 @@ class Runlinkat(Message):
     pass
 
 
+@_message(90)
+class Tlease(Message):
+    """Ours: opens (LEASE_OPEN), renews (LEASE_RENEW) or ends (LEASE_CLOSE) a lease session."""
+
+    how: U32
+
+
+@_message(91)
+class Rlease(Message):
+    """For how many ms from now on the session lives, and how many buckets there are."""
+
+    ms: U32
+    buckets: U32
+
+
+@_message(92)
+class Trevoke(Message):
+    """Ours: what the last Rrevoke named is given up. Stays with the server until there is more to give up."""
+
+    batch: U64
+
+
+@_message(93)
+class Rrevoke(Message):
+    """buckets are u32 each; everything is 1 for all that there are. See decode_buckets()."""
+
+    batch: U64
+    everything: U8
+    buckets: Data
+
+
 @_message(100)
 class Tversion(Message):
     """Sent with NOTAG; ends every fid of the session."""
@@ -654,6 +694,20 @@ def decode(buf: bytes | bytearray | memoryview) -> tuple[int, Message]:
     if reader.offset != reader.end:
         raise ProtocolError(f"{reader.what}: {reader.end - reader.offset} bytes after the last field")
     return tag, cls(*values)
+
+
+def strip_lease(buf: bytes) -> tuple[bytes, bool]:
+    """A reply as 9P2000.L has it, and whether what it says may be kept as far as its client has leases."""
+    if len(buf) < HEADER_SIZE or not buf[4] & UNLEASED:
+        return buf, True
+    return buf[:4] + bytes((buf[4] & ~UNLEASED,)) + buf[5:], False
+
+
+def decode_buckets(data: bytes) -> tuple[int, ...]:
+    """The buckets in Rrevoke's data; ProtocolError where one is cut short."""
+    if len(data) % 4:
+        raise ProtocolError(f"Rrevoke: {len(data)} bytes are no whole number of buckets")
+    return struct.unpack(f"<{len(data) // 4}I", data)
 
 
 def message_name(type_: int) -> str:

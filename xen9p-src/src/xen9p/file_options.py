@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
+from xen9p.codec import LEAST_TERM, MOST_TERM
+
 NAMES: Final = (
     "tags", "ls", "cat", "cp", "stat", "write", "mkdir", "rm", "mv", "ln", "readlink", "df", "mount",
 )  # fmt: skip
@@ -34,6 +36,17 @@ def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes")
     return int(text)
+
+
+def lease_term(text: str) -> float:
+    """Seconds of a lease session's term, as an argument."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not LEAST_TERM <= seconds <= MOST_TERM:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from {LEAST_TERM:g} to {MOST_TERM:g}")
+    return seconds
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -109,7 +122,7 @@ def _mount(commands: argparse._SubParsersAction[Any]) -> None:
         "--cache",
         default="none",
         metavar="CACHE",
-        help="none, timed (for a while), or MODULE:CLASS; default: %(default)s",
+        help="none, timed (for a while), coherent (until others change it), or MODULE:CLASS; default: %(default)s",
     )
     mount.add_argument(
         "--cache-seconds", type=float, default=1.0, metavar="SECONDS", help="what it may be old; default: %(default)g"

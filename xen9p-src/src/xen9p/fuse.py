@@ -11,11 +11,12 @@ import asyncio
 import errno
 import functools
 import logging
+import math
 import os
 import stat
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -29,6 +30,8 @@ from xen9p.cache import Cache
 from xen9p.codec import Dirent
 from xen9p.errors import Xen9pError
 from xen9p.inodes import ROOT, Nodes
+from xen9p.kept import Kept, Leased
+from xen9p.leases import Leases
 
 log = logging.getLogger("xen9p.mount")
 
@@ -40,6 +43,7 @@ _FLAGS: Final = (
     os.O_ACCMODE | os.O_APPEND | os.O_CREAT | os.O_DIRECTORY | os.O_DSYNC | os.O_EXCL | os.O_SYNC | os.O_TRUNC
 )
 _BATCH: Final = 32
+_NO_FID: Final = 1 << 32  # handles of directories that have no fid are above
 _CAPABILITY: Final = b"security.capability"
 _CAPABILITY_SECONDS: Final = 1.0  # what others do to a program's capabilities is seen after that
 _XATTR_REPLACE: Final = 2
@@ -68,12 +72,19 @@ class _Listed:
 class _Directory:
     """An open directory, and what has been read of it and not been taken by the kernel."""
 
-    fid: int
+    fid: int | None
+    """None: its entries come from the cache."""
     ino: int
     position: int = 0
     """Where the kernel goes on, if it goes on."""
     offset: int = 0
     """Where the server goes on."""
+    mark: int = 0
+    """From before it was read, if all of it has been read in one go."""
+    changes: int = 0
+    """Its node's at that time."""
+    read: list[Dirent] | None = field(default_factory=list)
+    """What has been read in that go; None: it went back."""
     entries: deque[Dirent] = field(default_factory=deque)
     ready: deque[_Listed] = field(default_factory=deque)
 
@@ -118,12 +129,43 @@ class Filesystem:
         self.client = client
         self.cache = cache
         self.nodes = Nodes.of(root, qid)
+        self.kept = Kept(cache)
         self._uid = uid
         self._files: dict[int, _File] = {}
         self._directories: dict[int, _Directory] = {}
+        self._cached = _NO_FID
 
     def init(self) -> None:
         """The kernel has begun to talk."""
+
+    async def lease(self) -> None:
+        """Has the server say what others change, between pyfuse3.init() and the kernel's first word.
+
+        Raises:
+            Xen9pError: it gives no leases.
+        """
+        kept = Leased(self.cache, pyfuse3, self._revoked)
+        self.kept, kept.leases = kept, Leases(self.client, kept.revoked)
+        await kept.leases.open()
+        await self._attributes(ROOT, self.nodes.fid(ROOT))
+
+    async def drop(self) -> None:
+        """Has cache and kernel keep nothing any more, before the mount ends."""
+        if isinstance(self.kept, Leased) and self.kept.leases is not None:
+            self.kept.leases.stop()
+            await self.kept.revoked(None)
+
+    async def close(self) -> None:
+        """The mount has ended: nobody needs to wait for us."""
+        if isinstance(self.kept, Leased) and self.kept.leases is not None:
+            await self.kept.leases.close()
+
+    def _revoked(self, files: Collection[int]) -> None:
+        for ino in files:
+            node = self.nodes.get(ino)
+            if node is not None:
+                node.changes += 1
+                node.no_capability_until = 0.0
 
     def stacktrace(self) -> None:
         """pyfuse3 asks for this on a certain xattr; there is nothing to show."""
@@ -133,12 +175,18 @@ class Filesystem:
     async def _attributes(self, ino: int, fid: int) -> Attributes:
         """Fresh attributes; remembered unless the file has been changed meanwhile."""
         node = self.nodes.get(ino)
-        changes = node.changes if node else 0
-        attr = Attributes.of(await self.client.getattr(fid))
+        changes, mark = node.changes if node else 0, self.kept.mark()
+        reply = await self.client.getattr(fid)
+        attr = Attributes.of(reply)
         node = self.nodes.get(ino)
-        if node is None or node.changes == changes:
+        self.kept.learn(ino, reply.gen)
+        if (node is None or node.changes == changes) and self.kept.file(ino, mark):
             self.cache.put_attr(ino, attr)
         return attr
+
+    def _known(self, ino: int) -> Attributes | None:
+        """Attributes that need not be asked for."""
+        return self.cache.attr(ino) if self.kept.usable() else None
 
     def _changed(self, ino: int) -> None:
         """Attributes have changed, or will have when the reply is here: answers to earlier questions are old."""
@@ -147,7 +195,13 @@ class Filesystem:
             node.changes += 1
         self.cache.invalidate_attr(ino)
 
-    def _entry(self, ino: int, attr: Attributes) -> pyfuse3.EntryAttributes:
+    def _named(self, parent: int, name: bytes, ino: int, attr: Attributes) -> pyfuse3.EntryAttributes:
+        """For a name. To be given to the kernel at once: it may be revoked any time."""
+        entry = self._entry(ino, attr)
+        entry.entry_timeout = self.kept.name_seconds(parent, name)
+        return entry
+
+    def _entry(self, ino: int, attr: Attributes, *, asked: bool = False) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = ino
         entry.st_mode = attr.mode
@@ -162,12 +216,19 @@ class Filesystem:
         entry.st_mtime_ns = attr.mtime_ns
         entry.st_ctime_ns = attr.ctime_ns
         entry.generation = 0
-        entry.entry_timeout = entry.attr_timeout = self.cache.kernel_seconds
+        entry.entry_timeout = 0
+        entry.attr_timeout = self.kept.attr_seconds(ino, asked=asked)
         return entry
 
     async def _find(self, parent: int, name: bytes) -> tuple[int, Attributes]:
         """Asks the server what a name means; counts a lookup."""
-        fid, qids = await self.client.walk_qids(self.nodes.fid(parent), name)
+        mark = self.kept.mark()
+        try:
+            fid, qids = await self.client.walk_qids(self.nodes.fid(parent), name)
+        except FileNotFoundError:
+            if self.kept.leased and self.kept.name(parent, name, mark):
+                self.cache.put_missing(parent, name)
+            raise
         ino = self.nodes.ino(qids[-1].path)
         try:
             attr = await self._attributes(ino, fid)
@@ -175,7 +236,8 @@ class Filesystem:
             self.client.forget(fid)
             raise
         self._looked_up(ino, fid)
-        self.cache.put_lookup(parent, name, ino)
+        if self.kept.name(parent, name, mark):
+            self.cache.put_lookup(parent, name, ino)
         return ino, attr
 
     def _looked_up(self, ino: int, fid: int | None) -> None:
@@ -186,29 +248,57 @@ class Filesystem:
     @_answers
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         """A name's meaning."""
-        ino = self.cache.lookup(parent_inode, name)
+        usable = self.kept.usable()
+        if usable and self.cache.missing(parent_inode, name):
+            return self._missing(parent_inode, name)
+        ino = self.cache.lookup(parent_inode, name) if usable else None
         node = None if ino is None else self.nodes.get(ino)
         if node is not None and node.fid is not None:
-            attr = self.cache.attr(node.ino) or await self._attributes(node.ino, node.fid)
+            attr = self._known(node.ino) or await self._attributes(node.ino, node.fid)
             self._looked_up(node.ino, None)
-            return self._entry(node.ino, attr)
-        return self._entry(*await self._find(parent_inode, name))
+            return self._named(parent_inode, name, node.ino, attr)
+        try:
+            found = await self._find(parent_inode, name)
+        except FileNotFoundError:
+            if not self.kept.leased:
+                raise
+            return self._missing(parent_inode, name)
+        return self._named(parent_inode, name, *found)
+
+    def _missing(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes:
+        """That there is no such name; the kernel may keep that, too."""
+        seconds = self.kept.name_seconds(parent, name)
+        if not seconds:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = 0
+        entry.entry_timeout, entry.attr_timeout = seconds, 0
+        return entry
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """The kernel does not know some files any more."""
         for ino, lookups in inode_list:
             node = self.nodes.forget(ino, lookups)
+            if node is None and (left := self.nodes.get(ino)) is not None and self.kept.leased:
+                # It had forgotten the file and has looked it up anew, and that inode may have been missed.
+                left.asked = False
+                self.client.background(self.kept.stale(ino))
             if node is not None:
                 with suppress(Exception):
                     self.cache.forget(ino)
+                self.kept.forget(ino)
                 if node.fid is not None:
                     self.client.forget(node.fid)
 
     @_answers
     async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
         """A file's attributes."""
-        attr = self.cache.attr(inode) or await self._attributes(inode, self.nodes.fid(inode))
-        return self._entry(inode, attr)
+        node = self.nodes.known(inode)
+        changes = node.changes
+        attr = self._known(inode) or await self._attributes(inode, self.nodes.fid(inode))
+        await self.kept.settle(inode)
+        node.asked = True
+        return self._entry(inode, attr, asked=node.changes == changes)
 
     @_answers
     async def setattr(
@@ -264,13 +354,15 @@ class Filesystem:
     async def _made(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         """A name has been made in a directory: gives it to who asked, and tells the kernel about it."""
         self._changed(parent)
+        self.kept.changed(parent, name)
+        self.cache.invalidate_lookup(parent, name)
         ino, attr = await self._find(parent, name)
         if ctx.uid not in (self._uid, attr.uid):
             fid = self.nodes.fid(ino)
             await self.client.setattr(fid, uid=ctx.uid)
             self._changed(ino)
             attr = await self._attributes(ino, fid)
-        return self._entry(ino, attr)
+        return self._named(parent, name, ino, attr)
 
     @_answers
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> pyfuse3.EntryAttributes:
@@ -303,7 +395,9 @@ class Filesystem:
         await self.client.link(self.nodes.fid(new_parent_inode), self.nodes.fid(inode), new_name)
         self._changed(new_parent_inode)
         self._changed(inode)
-        return self._entry(*await self._find(new_parent_inode, new_name))
+        self.kept.changed(new_parent_inode, new_name)
+        self.cache.invalidate_lookup(new_parent_inode, new_name)
+        return self._named(new_parent_inode, new_name, *await self._find(new_parent_inode, new_name))
 
     @_answers
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
@@ -320,7 +414,7 @@ class Filesystem:
 
         The kernel may know the name for longer than the cache, and then asks nobody before.
         """
-        ino = self.cache.lookup(parent, name)
+        ino = self.cache.lookup(parent, name) if self.kept.usable() else None
         if ino is not None or type(self.cache).attr is Cache.attr:
             return ino
         try:
@@ -336,6 +430,7 @@ class Filesystem:
         self._gone(parent, name, ino)
 
     def _gone(self, parent: int, name: bytes, ino: int | None) -> None:
+        self.kept.changed(parent, name)
         self.cache.invalidate_lookup(parent, name)
         self._changed(parent)
         if ino is not None:
@@ -349,8 +444,12 @@ class Filesystem:
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         moved = await self._meant(parent_inode_old, name_old)
-        replaced = self.cache.lookup(parent_inode_new, name_new)  # this one the kernel has just asked for
+        if self.kept.leased:
+            replaced = await self._meant(parent_inode_new, name_new)
+        else:
+            replaced = self.cache.lookup(parent_inode_new, name_new)  # this one the kernel has just asked for
         old, new = self.nodes.fid(parent_inode_old), self.nodes.fid(parent_inode_new)
+        self.kept.moving((parent_inode_old, name_old), (parent_inode_new, name_new))
         await self.client.renameat(old, name_old, new, name_new)
         self._gone(parent_inode_old, name_old, moved)
         self._gone(parent_inode_new, name_new, replaced)
@@ -369,7 +468,9 @@ class Filesystem:
                 self.cache.invalidate_data(inode)
             keep = False
             if self.cache.kernel_pages:
-                keep = self.cache.opened(inode, await self._attributes(inode, node_fid))
+                known = self._known(inode) if self.kept.leased else None
+                keep = self.cache.opened(inode, known or await self._attributes(inode, node_fid))
+                await self.kept.settle(inode)
         except BaseException:
             self.client.forget(fid)
             raise
@@ -397,13 +498,15 @@ class Filesystem:
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Data of an open file."""
         file = self._files[fh]
-        data = self.cache.data(file.ino, off, size)
+        data = self.cache.data(file.ino, off, size) if self.kept.usable() else None
         if data is not None:
             return data
         node = self.nodes.get(file.ino)
-        changes = node.changes if node else 0
+        changes, mark = node.changes if node else 0, self.kept.mark()
         data = await self.client.read_exactly(file.fid, off, size)
-        if node is not None and node.changes == changes:
+        if not self.kept.file(file.ino, mark):
+            await self.kept.stale(file.ino)
+        elif node is not None and node.changes == changes:
             self.cache.put_data(file.ino, off, data, at_end=len(data) < size)
         return data
 
@@ -413,6 +516,8 @@ class Filesystem:
         file = self._files[fh]
         node = self.nodes.known(file.ino)
         self._changed(file.ino)
+        mark = self.kept.mark()
+        self.kept.writing(file.ino, 1)
         try:
             if file.append:  # where it goes is the server's to say, so one after the other
                 done = 0
@@ -421,12 +526,15 @@ class Filesystem:
             else:
                 await self.client.write_all(file.fid, off, buf)
         finally:
+            self.kept.writing(file.ino, -1)
             node.changes += 1
             self.cache.invalidate_attr(file.ino)
             if file.append:
                 self.cache.invalidate_data(file.ino)
             else:
                 self.cache.invalidate_data(file.ino, off, len(buf))
+            if not self.kept.file(file.ino, mark):  # the kernel has the page already
+                await self.kept.stale(file.ino)
         return len(buf)
 
     @_answers
@@ -449,13 +557,19 @@ class Filesystem:
     @_answers
     async def opendir(self, inode: int, ctx: Any) -> int:
         """Opens a directory."""
+        listing = self.cache.listing(inode) if self.kept.usable() else None
+        if listing is not None:
+            self._cached += 1
+            self._directories[self._cached] = _Directory(None, inode, entries=deque(listing))
+            return self._cached
+        mark, changes = self.kept.mark(), self.nodes.known(inode).changes
         fid = await self.client.walk(self.nodes.fid(inode))
         try:
             await self.client.lopen(fid, os.O_RDONLY | os.O_DIRECTORY)
         except BaseException:
             self.client.forget(fid)
             raise
-        self._directories[fid] = _Directory(fid, inode)
+        self._directories[fid] = _Directory(fid, inode, mark=mark, changes=changes)
         return fid
 
     @_answers
@@ -463,27 +577,39 @@ class Filesystem:
         """Entries from a position on, as many as the kernel has room for."""
         directory = self._directories[fh]
         if start_id != directory.position:
-            self._rewind(directory, start_id)
+            await self._seek(directory, start_id)
         while await self._fill(directory):
             while directory.ready:
                 listed = directory.ready[0]
-                if not pyfuse3.readdir_reply(token, listed.entry.name, self._listed(listed), listed.entry.offset):
+                if not pyfuse3.readdir_reply(
+                    token, listed.entry.name, self._listed(directory, listed), listed.entry.offset
+                ):
                     return
                 directory.ready.popleft()
                 directory.position = listed.entry.offset
                 self._looked_up(listed.ino, listed.fid)
-                if listed.fid is not None:
+                if listed.fid is not None and not self.kept.leased:
                     self.cache.put_lookup(directory.ino, listed.entry.name, listed.ino)
 
-    def _listed(self, listed: _Listed) -> pyfuse3.EntryAttributes:
+    def _listed(self, directory: _Directory, listed: _Listed) -> pyfuse3.EntryAttributes:
         if listed.attr is not None:
-            return self._entry(listed.ino, listed.attr)
+            out = self._named(directory.ino, listed.entry.name, listed.ino, listed.attr)
+            node = self.nodes.get(listed.ino)
+            if self.kept.leased and node is not None and node.asked and self._known(listed.ino) is listed.attr:
+                out.attr_timeout = self.kept.attr_seconds(listed.ino, asked=True)
+            return out
         # Number and type are all that a listing shows. The kernel asks before it uses more, for it may keep nothing.
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = listed.ino
         entry.st_mode = listed.entry.type << 12
         entry.entry_timeout = entry.attr_timeout = 0
         return entry
+
+    async def _seek(self, directory: _Directory, start: int) -> None:
+        if directory.fid is None:  # what it was opened with may be old by now
+            directory.fid = await self.client.walk(self.nodes.fid(directory.ino))
+            await self.client.lopen(directory.fid, os.O_RDONLY | os.O_DIRECTORY)
+        self._rewind(directory, start)
 
     def _rewind(self, directory: _Directory, start: int) -> None:
         for listed in directory.ready:
@@ -492,41 +618,80 @@ class Filesystem:
         directory.ready.clear()
         directory.entries.clear()
         directory.position = directory.offset = start
+        directory.read = None
 
     async def _fill(self, directory: _Directory) -> bool:
         """Has some entries ready; False at the end."""
         while not directory.ready:
             if not directory.entries:
+                if directory.fid is None:
+                    return False
                 entries = await self.client.readdir(directory.fid, directory.offset)
                 if not entries:
+                    self._read_all(directory)
                     return False
                 directory.offset = entries[-1].offset
-                directory.entries.extend(e for e in entries if e.name not in (b".", b".."))
+                entries = [e for e in entries if e.name not in (b".", b"..")]
+                directory.entries.extend(entries)
+                if directory.read is not None:
+                    directory.read += entries
                 continue
             some = [directory.entries.popleft() for _ in range(min(_BATCH, len(directory.entries)))]
-            found = await asyncio.gather(*(self._prepare(directory, entry) for entry in some))
-            directory.ready.extend(listed for listed in found if listed is not None)
+            ready: list[_Listed | None] = [self._listed_before(directory, entry) for entry in some]
+            missing = [i for i, listed in enumerate(ready) if listed is None]
+            found = await asyncio.gather(*(self._prepare(directory, some[i]) for i in missing))
+            for i, listed in zip(missing, found, strict=True):
+                ready[i] = listed
+            directory.ready.extend(listed for listed in ready if listed is not None)
         return True
+
+    def _read_all(self, directory: _Directory) -> None:
+        """Keeps what a directory has, if that is what it had when its reading began."""
+        read, directory.read = directory.read, None
+        node = self.nodes.get(directory.ino)
+        if (
+            self.kept.leased
+            and read is not None
+            and node is not None
+            and node.changes == directory.changes
+            and self.kept.file(directory.ino, directory.mark)
+        ):
+            self.cache.put_listing(directory.ino, read)
+
+    def _listed_before(self, directory: _Directory, entry: Dirent) -> _Listed | None:
+        """An entry of which all is leased."""
+        if not self.kept.leased or not self.kept.usable():
+            return None
+        ino = self.nodes.ino(entry.qid.path)
+        node, attr = self.nodes.get(ino), self.cache.attr(ino)
+        if node is None or node.fid is None or attr is None or self.cache.lookup(directory.ino, entry.name) != ino:
+            return None
+        return _Listed(entry, ino, None, attr)
 
     async def _prepare(self, directory: _Directory, entry: Dirent) -> _Listed | None:
         """An entry, with attributes if the kernel may use them or has some that would be overwritten by none."""
         ino = self.nodes.ino(entry.qid.path)
         node = self.nodes.get(ino)
-        if node is not None and node.fid is not None:
-            attr = self.cache.attr(ino)
+        known = not self.kept.leased or (self.kept.usable() and self.cache.lookup(directory.ino, entry.name) == ino)
+        if node is not None and node.fid is not None and known:
+            attr = self._known(ino)
             if attr is None:
                 with suppress(OSError):
                     attr = await self._attributes(ino, node.fid)
             return _Listed(entry, ino, None, attr) if attr is not None else None
-        if not self.cache.kernel_seconds:
+        if not self.kept.leased and not self.cache.kernel_seconds:
             return _Listed(entry, ino)
+        mark = self.kept.mark()
         try:
             fid, qids = await self.client.walk_qids(self.nodes.fid(directory.ino), entry.name)
         except OSError:
             return None  # removed since
         try:
             ino = self.nodes.ino(qids[-1].path)
-            return _Listed(entry, ino, fid, await self._attributes(ino, fid))
+            attr = await self._attributes(ino, fid)
+            if self.kept.leased and self.kept.name(directory.ino, entry.name, mark):
+                self.cache.put_lookup(directory.ino, entry.name, ino)
+            return _Listed(entry, ino, fid, attr)
         except OSError:
             self.client.forget(fid)
             return None
@@ -534,14 +699,19 @@ class Filesystem:
     @_answers
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Returns when the server has the directory on its disk."""
-        await self.client.fsync(self._directories[fh].fid, datasync=datasync)
+        directory = self._directories[fh]
+        if directory.fid is None:
+            await self._seek(directory, directory.position)
+        assert directory.fid is not None
+        await self.client.fsync(directory.fid, datasync=datasync)
 
     @_answers
     async def releasedir(self, fh: int) -> None:
         """A directory is closed."""
         directory = self._directories.pop(fh)
         self._rewind(directory, 0)
-        self.client.forget(directory.fid)
+        if directory.fid is not None:
+            self.client.forget(directory.fid)
 
     # Extended attributes.
 
@@ -549,13 +719,17 @@ class Filesystem:
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         """An extended attribute's value."""
         node = self.nodes.known(inode)
-        if name == _CAPABILITY and time.monotonic() < node.no_capability_until:
+        if name == _CAPABILITY and self.kept.usable() and time.monotonic() < node.no_capability_until:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        mark = self.kept.mark()
         try:
             return await self.client.getxattr(self.nodes.fid(inode), name)
         except OSError as error:
             if name == _CAPABILITY and error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                node.no_capability_until = time.monotonic() + _CAPABILITY_SECONDS
+                if not self.kept.leased:
+                    node.no_capability_until = time.monotonic() + _CAPABILITY_SECONDS
+                elif self.kept.file(inode, mark):
+                    node.no_capability_until = math.inf  # until it is revoked
             raise
 
     @_answers

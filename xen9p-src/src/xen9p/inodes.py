@@ -24,6 +24,8 @@ class Node:
     lookups: int = 0
     changes: int = 0
     """Counts what has been done to it: an answer that was asked for before the last change is old."""
+    asked: bool = False
+    """The kernel has asked for its attributes: it has an inode for it, which what is revoked can be dropped from."""
     no_capability_until: float = 0.0
     """It had no security.capability a moment ago (time.monotonic()); the kernel asks before every write."""
 

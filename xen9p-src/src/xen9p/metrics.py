@@ -100,6 +100,26 @@ _PLAIN: Final[tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], float | N
         "Files found or read ahead of the guest.",
         lambda d: _ahead(d, "ahead_files"),
     ),
+    ("lease_sessions", "gauge", "1 while the guest's client has leases.", lambda d: _lease(d, "sessions")),
+    (
+        "lease_revocations_total",
+        "counter",
+        "Buckets that the guest's client was told to give up.",
+        lambda d: _lease(d, "revocations"),
+    ),
+    (
+        "lease_sessions_voided_total",
+        "counter",
+        "Lease sessions that ended because the guest's client did not give something up in time.",
+        lambda d: _lease(d, "voided"),
+    ),
+    ("lease_waits_total", "counter", "Changes that had to wait for other clients.", lambda d: _lease(d, "waits")),
+    (
+        "lease_waits_seconds_total",
+        "counter",
+        "Seconds that changes have waited for other clients.",
+        lambda d: None if (us := _lease(d, "waited_us")) is None else us / 1e6,
+    ),
     ("worker_restarts_total", "counter", "Workers that died and were replaced.", lambda d: d.get("restarts")),
     ("violations_total", "counter", "Times that the guest broke the protocol.", lambda d: d.get("violations")),
 )
@@ -112,6 +132,11 @@ def _of(device: Mapping[str, Any], name: str) -> float | None:
 
 def _ahead(device: Mapping[str, Any], name: str) -> float | None:
     value = (device["detail"].get("cache") or {}).get(name)
+    return None if value is None else float(value)
+
+
+def _lease(device: Mapping[str, Any], name: str) -> float | None:
+    value = device["detail"].get("leases", {}).get(name)
     return None if value is None else float(value)
 
 

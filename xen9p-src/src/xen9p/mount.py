@@ -14,12 +14,15 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from xen9p import cache as caches
 from xen9p.async_client import AsyncClient
 from xen9p.connect import Place
 from xen9p.errors import Xen9pError
+
+if TYPE_CHECKING:
+    from xen9p.fuse import Filesystem
 
 log = logging.getLogger("xen9p.mount")
 
@@ -144,6 +147,8 @@ async def _mount(
             pyfuse3.init(filesystem, str(directory), _options(args, name))
         except RuntimeError as error:
             raise Xen9pError(f"cannot mount on {directory}", hint="is it in use? are you root?") from error
+        if cache.coherent:
+            await _lease(filesystem, args.timeout, pyfuse3)
     except TimeoutError:
         client.close()
         raise Xen9pError(f"{name} does not answer", hint=f"waited {args.timeout:g} s", errno=errno.ETIMEDOUT) from None
@@ -157,10 +162,23 @@ async def _mount(
         ready()
         await pyfuse3.main(max_tasks=MAX_TASKS)
     finally:
+        await filesystem.drop()
         pyfuse3.close(unmount=True)
+        await filesystem.close()
         client.close()
     log.info("%s unmounted from %s", name, directory)
     return 0
+
+
+async def _lease(filesystem: Filesystem, timeout: float, pyfuse3: Any) -> None:
+    """Has the server say what others change. What pyfuse3 has mounted is unmounted if it does not."""
+    try:
+        async with asyncio.timeout(timeout):
+            await filesystem.lease()
+    except BaseException:
+        await filesystem.drop()
+        pyfuse3.close(unmount=True)
+        raise
 
 
 def _end(loop: asyncio.AbstractEventLoop, client: AsyncClient, pyfuse3: Any) -> None:

@@ -17,6 +17,7 @@ identity = "as-is"  # or {squash = {uid = 1000, gid = 1000}}, {map = [[0, 100000
 groups = "own"      # or "host", or {1000 = [1000, 100]}; default "own"
 special = false     # whether device nodes, FIFOs and sockets may be made; default false
 quota = {bytes = "2G", files = 100000}
+leases = 3          # seconds that a client's lease session goes on without it; default 0: no leases
 snapshots = true    # the export's snapshots, read-only, under the tag TAG-snapshots; or another tag; default false
 cache = {prefetch = true, share = true, streams = "16M", weight = 100} # see Cache; streams = false: none
 [rules.limits]
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xen9p import auth, quota, subvolumes, users
+from xen9p.codec import LEAST_TERM, MOST_TERM
 from xen9p.errors import PolicyError, Xen9pError
 from xen9p.quota import Quota, parse_size, size_text
 from xen9p.users import MOST_ID, Identity, Range, Users
@@ -53,7 +55,7 @@ _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 _RULE_KEYS: Final = (
     "guest", "uuid", "export", "tag", "access", "attach", "frontend", "keys",
-    "checks", "identity", "groups", "special", "limits", "quota", "snapshots", "cache",
+    "checks", "identity", "groups", "special", "limits", "quota", "snapshots", "leases", "cache",
 )  # fmt: skip
 _NAME_HELP: Final = "use 1 to 31 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 
@@ -154,6 +156,8 @@ class Rule:
     quota: Quota = field(default_factory=Quota)
     keys: Path | None = None
     """A file of keys; who attaches has to prove that it has one of them."""
+    leases: float = 0.0
+    """Seconds that a lease session goes on without its client; 0: there are none."""
     snapshots: str = ""
     """The tag under which the guest has the export's snapshots, "" for none."""
     cache: Cache = field(default_factory=Cache)
@@ -185,6 +189,7 @@ class Grant:
     """Who serves the guest's end: "kernel" (v9fs) or "user" (our own client)."""
     terms: Terms = field(default_factory=Terms)
     keys: Path | None = None
+    leases: float = 0.0
     of: Export | None = None
     """The export whose snapshots these are, if they are."""
     cache: Cache = field(default_factory=Cache)
@@ -233,7 +238,7 @@ class Policy:
         """What a rule gives."""
         path = self.exports[rule.export].path
         kind = rule.frontend, rule.terms, rule.keys
-        return Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, *kind, cache=rule.cache)
+        return Grant(rule.export, path, rule.tag, rule.readonly, rule.auto, *kind, rule.leases, cache=rule.cache)
 
     def snapshots(self, rule: Rule) -> Grant:
         """What a rule gives of its export's snapshots."""
@@ -243,7 +248,7 @@ class Policy:
         except OSError:  # there is no export, so there are none
             path = export.path.parent / subvolumes.SNAPSHOTS / export.name
         name = f"{export.name}.snapshots"
-        return Grant(name, path, rule.snapshots, True, rule.auto, rule.frontend, rule.terms, rule.keys, export)
+        return Grant(name, path, rule.snapshots, True, rule.auto, rule.frontend, rule.terms, rule.keys, of=export)
 
     def quotas(self) -> dict[Path, Quota]:
         """How much each directory may hold, of those that have a quota."""
@@ -424,13 +429,28 @@ class _Parser:
         keys = self._keys(table, where, frontend)
         terms = self._terms(table, where)
         most = self._quota(table, where)
+        leases = self._leases(table, where, frontend)
         snapshots = self._snapshots(table.get("snapshots", False), tag, where)
         cache, streams = self._cache(table, where)
         terms = dataclasses.replace(terms, limits=terms.limits + streams)
         if len(self.problems) > before or export is None or tag is None:
             return None
         readonly, auto = access == "ro", attach == "auto"
-        return Rule(guest, uuid, export, tag, readonly, auto, frontend, terms, most, keys, snapshots, cache, number)
+        return Rule(
+            guest, uuid, export, tag, readonly, auto, frontend, terms, most, keys, leases, snapshots, cache, number
+        )
+
+    def _leases(self, table: dict[str, Any], where: str, frontend: str) -> float:
+        seconds = table.get("leases", 0)
+        if type(seconds) not in (int, float) or not (seconds == 0 or LEAST_TERM <= seconds <= MOST_TERM):
+            self.problems.append(
+                f"{where}: leases is {seconds!r:.60} "
+                f"(write 0 for none, or seconds from {LEAST_TERM:g} to {MOST_TERM:g})"
+            )
+            return 0.0
+        if seconds and frontend != "user":
+            self.problems.append(f'{where}: leases have no use with frontend = "kernel" (v9fs has none; write "user")')
+        return float(seconds)
 
     def _keys(self, table: dict[str, Any], where: str, frontend: str) -> Path | None:
         path = self._string(table, "keys", where, default="")

@@ -51,6 +51,8 @@ class Mount:
     kind: str
     point: Path
     options: str
+    device: str = ""
+    """MAJOR:MINOR of the filesystem itself, the same wherever and whatever of it is mounted."""
 
 
 def mount_of(path: Path) -> Mount:
@@ -62,7 +64,7 @@ def mount_of(path: Path) -> Mount:
         point, kind = Path(_unescape(before.split()[4])), after.split()[0]
         # The later of two on one place lies over the earlier.
         if real.is_relative_to(point) and len(point.parts) >= len(best.point.parts):
-            best = Mount(kind, point, after.split()[2])
+            best = Mount(kind, point, after.split()[2], before.split()[2])
     return best
 
 

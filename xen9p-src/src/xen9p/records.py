@@ -44,6 +44,7 @@ def half(raw: bytes) -> Half | None:
     """What raw, the begin of a message, says; None if not even a header is there."""
     if len(raw) < _HEADER.size:
         return None
+    raw, _ = codec.strip_lease(raw)
     size, type_, tag = _HEADER.unpack_from(raw)
     data_size = 0
     whole = raw

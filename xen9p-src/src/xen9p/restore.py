@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from xen9p import beneath, subvolumes
+from xen9p import beneath, lease_table, subvolumes
 from xen9p.beneath import open_beneath, open_parent
 from xen9p.snapshot import NOW, SnapshotError, Store
 from xen9p.treediff import Change, Tree, compare
@@ -417,10 +417,14 @@ def restore(
                     f"{os.fsdecode(made.busy[0])}{more} of {export} is open in a guest",
                     "have it closed, or use --force: whoever has it open keeps what it was",
                 )
-            if not dry_run:
+            if not dry_run and made.changes:
                 changing = True
+                lease_table.revoke(runtime, live)
                 _Restorer(older, top, made, step).run()
             return made.changes
     except OSError as error:
         how = "restored in part only" if changing else "not restored"
         raise SnapshotError(f"{export} is {how}: {error}", "put that right and restore again", error.errno) from None
+    finally:
+        if changing:  # also by half
+            lease_table.revoke(runtime, live)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from xen9p import __version__, device, journal, policy, quotas, snapshot, workers, xenbus
+from xen9p import __version__, device, journal, lease_table, policy, quotas, snapshot, workers, xenbus
 from xen9p.blink import Blink
 from xen9p.budget import Budget
 from xen9p.caching import Caching
@@ -157,6 +157,8 @@ class Supervisor:
         self._follow_store()
         self._quotas.keep(self.policy.quotas())
         self._adopt()
+        alive = {m.worker.pid for g in self.guests.values() for m in g.devices.values() if m.worker and m.worker.pid}
+        lease_table.clean(self.runtime, alive)
         self.rescan()
 
     def _follow_store(self) -> None:
@@ -508,6 +510,8 @@ class Supervisor:
             self.guarded(lambda: self._perform(managed, managed.machine.worker_ready()))
 
         def gone(last: str, reason: str) -> None:
+            if worker.pid:
+                lease_table.recover(self.runtime, worker.pid)
             if managed.worker is worker:
                 managed.worker = None
             machine = managed.machine
@@ -559,6 +563,7 @@ class Supervisor:
             "path": str(grant.path),
             "readonly": grant.readonly,
             "keys": str(grant.keys) if grant.keys else None,
+            "leases": self._leases(managed),
             **managed.terms,
             **self.caching.plan(grant),
             "socket": str(workers.socket_path(self.runtime, who.domid, managed.devid)),
@@ -568,6 +573,18 @@ class Supervisor:
         if not grant.readonly:
             self.blink.joined((managed.name, grant.path, worker))
         return worker
+
+    def _leases(self, managed: Managed) -> Object | None:
+        """The lease table of a device and its term; None where nobody can have leases."""
+        grant, term = managed.grant, managed.grant.leases
+        try:
+            table = lease_table.path_of(self.runtime, grant.path)
+        except OSError:
+            return None  # the export is missing, and so the worker will fail
+        if term and (deaf := [name for name, _, worker in self._writers() if not worker.knows_leases]):
+            managed.say("warning", f"gets no leases: the worker of {deaf[0]} is of an earlier version; attach it anew")
+            term = 0.0
+        return {"table": str(table), "term": term}
 
     # After a restart of ours.
 

@@ -27,9 +27,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from xen9p import auth, journal, sandbox, server, tracer
+from xen9p import auth, journal, lease_table, sandbox, server, tracer
 from xen9p.cache_runner import CacheRunner, Plan
-from xen9p.dataplane import DataPlane, Limits, Verdict, keep_capabilities
+from xen9p.dataplane import DataPlane, Leases, Limits, Verdict, keep_capabilities
 from xen9p.errors import Xen9pError, describe
 from xen9p.prefetch import Profile
 from xen9p.terms import TERMS
@@ -171,6 +171,8 @@ class Worker:
         keys = self.request.get("keys")  # a path; the policy says whether this device wants a key
         authenticator = auth.Authenticator(auth.load(Path(keys))) if keys else None
         self._plan = Plan(self.request)  # it reads files and imports what there will be no way to
+        shared = self.request.get("leases")
+        table = lease_table.open_table(Path(shared["table"])) if shared else None
         origin, origin_fd = self.request.get("origin"), -1
         root = sandbox.cage(self.request["path"], readonly, origin)
         if origin:
@@ -182,6 +184,8 @@ class Worker:
         users = from_plain(self.request["users"]) if "users" in self.request else None
         device = DataPlane(root, readonly, self._limits, authenticator, users, origin_fd=origin_fd)
         try:
+            if table is not None and shared:
+                device.set_leases(table, float(shared["term"]), int(self.request["domid"]))
             device.open_xen()
             missing = sandbox.shut(root, readonly, origin_fd)
         except Xen9pError:
@@ -235,7 +239,7 @@ class Worker:
         state = "serving" if self._ready else "prepared" if self._rings is None else "starting"
         said = {name: self.request[name] for name in HELLO_FIELDS}
         terms = {"users": Users().plain(), "limits": {}} | {n: self.request[n] for n in TERMS if n in self.request}
-        return {"event": "hello", "pid": os.getpid(), "state": state, "pauses": True} | said | terms
+        return {"event": "hello", "pid": os.getpid(), "state": state, "pauses": True, "leases": True} | said | terms
 
     def _listen(self) -> None:
         while True:
@@ -372,6 +376,7 @@ def seen(device: DataPlane) -> dict[str, Any]:
         "by_type": dict(device.stats_by_type()),
         "errnos": dict(device.errnos()),
         "times": dict(device.times()),
+        "leases": dict(device.lease_stats()),
     }
 
 
@@ -400,6 +405,9 @@ class Service:
     readonly: bool
     keys: Mapping[str, auth.Key] | None = None
     trace: tracer.Sink | None = None
+    leases: Leases | None = None
+    term: float = 0.0
+    """Seconds that a lease session goes on without its client."""
 
 
 def serve_connection(stream: socket.socket, service: Service) -> Verdict:
@@ -412,6 +420,8 @@ def serve_connection(stream: socket.socket, service: Service) -> Verdict:
         authenticator = auth.Authenticator(service.keys) if service.keys is not None else None
         device = DataPlane(root, service.readonly, limits(), authenticator)
         try:
+            if service.leases is not None:
+                device.set_leases(service.leases, service.term)
             device.add_stream(stream)
             name, trace = f"client:{stream.fileno()}", service.trace
             with contextlib.closing(tracer.Recorder(device, name, trace)) if trace else contextlib.nullcontext():
@@ -468,7 +478,9 @@ def serve_socket(
     readonly: bool,
     address: tuple[str, int] | str,
     trace: tracer.Sink | None = None,
+    *,
     keys: Path | None = None,
+    term: float = 0.0,
 ) -> int:
     """Serves a directory on a Unix socket (a path) or TCP (host, port), a thread a client, until SIGINT or SIGTERM.
 
@@ -477,13 +489,14 @@ def serve_socket(
     Args:
         trace: gets every request of every client.
         keys: a file of keys; each client has to prove that it has one of them.
+        term: seconds that a client's lease session goes on without it; 0 for no leases.
 
     Raises:
         Xen9pError: the directory, the address or the file is not usable.
     """
     known = auth.load(keys) if keys else None  # now: the process shuts itself in
     export = open_export(path)
-    service = Service(export, readonly, known, trace)
+    service = Service(export, readonly, known, trace, lease_table.new_table() if term else None, term)
     prepare_process()
     told, tell = socket.socketpair()
     # A handler that only leaves word: an exception out of nowhere could get lost in a finalizer.

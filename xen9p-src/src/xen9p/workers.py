@@ -121,6 +121,11 @@ class Worker:
         """Whether it knows how: one of an earlier version does not."""
         return not self.hello or "pauses" in self.hello
 
+    @property
+    def knows_leases(self) -> bool:
+        """Whether it asks the clients of others before it changes something; the same holds."""
+        return not self.hello or "leases" in self.hello
+
     def learn(self) -> None:
         """Has it learn what its guest reads, from now on."""
         self._ask({"do": "learn"})

@@ -131,6 +131,62 @@ class Fid:
     format: int
 
 
+class Leases:
+    """The lease table in a file, which all devices share that serve overlapping directories, in any process (lease.c).
+
+    Args:
+        fd: of a file that nobody else writes to, empty the first time; it may be closed afterwards.
+
+    Raises:
+        Xen9pError: it is no lease table of this version.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._table = lib.x9_leases_open(fd)
+        if self._table == ffi.NULL:
+            raise Xen9pError(
+                f"cannot use the lease table: {os.strerror(ffi.errno)}", "remove it when no device uses it", ffi.errno
+            )
+
+    def close(self) -> None:
+        """Unmaps it; no device of this process may use it any more."""
+        if self._table is not None:
+            lib.x9_leases_close(self._table)
+            self._table = None
+
+    @property
+    def handle(self) -> Any:
+        """For DataPlane."""
+        return self._table
+
+    def freeze(self) -> None:
+        """All clients have to give up what they keep, and get no leases until thaw()."""
+        lib.x9_leases_freeze(self._table)
+
+    def owed(self) -> int:
+        """How many clients have not done so yet, of those whose term has not run out."""
+        return int(lib.x9_leases_owed(self._table))
+
+    def thaw(self) -> None:
+        """Clients get leases again."""
+        lib.x9_leases_thaw(self._table)
+
+    def recover(self, pid: int) -> int:
+        """Undoes what a process was changing when it died; how many changes there were."""
+        return int(lib.x9_leases_recover(self._table, pid))
+
+    def pids(self) -> set[int]:
+        """The processes that serve devices with this table, dead ones included that nobody has cleaned up after."""
+        found = ffi.new("uint32_t[256]")
+        return set(ffi.unpack(found, lib.x9_leases_pids(self._table, found, 256)))
+
+    def stats(self) -> Mapping[str, int]:
+        """sessions that there are; since the table was made: opened, revoked (buckets, for each client), voided."""
+        out = ffi.new("x9_lease_stats *")
+        lib.x9_leases_stats(self._table, out)
+        return {name: int(getattr(out, name)) for name in ("sessions", "opened", "revoked", "voided")}
+
+
 Serve = Callable[["DataPlane", Request], None]
 """Answers one cold request, by DataPlane.reply or DataPlane.reply_errno, exactly once."""
 
@@ -236,6 +292,16 @@ class DataPlane:
         if err:
             raise Xen9pError(f"cannot take the guest's users: {os.strerror(err)}", errno=err)
         self.users = users
+
+    def set_leases(self, leases: Leases, term: float, peer: int = 0) -> None:
+        """Has what this device changes taken from the clients of others, and gives leases to its own. Before run().
+
+        Args:
+            term: for how many seconds a lease session goes on without its client; 0 for no leases.
+            peer: a number for who has this device and may have others (a domain's); 0 for somebody who has but this.
+        """
+        lib.x9_dev_set_leases(self._dev, leases.handle, int(term * 1000), peer)
+        self._keep.append(leases)
 
     # Links.
 
@@ -440,6 +506,14 @@ class DataPlane:
         """How many messages of each type have come."""
         out = self._stats()  # held: by_type alone does not keep its memory
         return {kind: int(count) for kind, count in enumerate(out.by_type) if count}
+
+    def lease_stats(self) -> Mapping[str, int]:
+        """sessions (1 or 0); since the start: revocations (buckets that its client was told to give up), voided
+        (sessions of its client), waits (changes that waited for other clients) and waited_us.
+        """
+        out = ffi.new("x9_lease_counts *")
+        lib.x9_dev_lease_stats(self._dev, out)
+        return {n: int(getattr(out, n)) for n in ("sessions", "revocations", "voided", "waits", "waited_us")}
 
     def errnos(self) -> Mapping[int, int]:
         """How often each errno has been answered; 0 stands for those beyond Linux's own."""

@@ -6,6 +6,21 @@ typedef struct x9_front x9_front;
 typedef struct x9_req x9_req; /* a cold message; Python's from x9_next_cold until x9_reply* */
 typedef struct x9_fid x9_fid; /* a reference, from x9_fid_get until x9_fid_put */
 
+typedef struct x9_leases x9_leases; /* the lease table that devices share */
+
+typedef struct x9_lease_stats {
+    uint64_t sessions; /* that there are now */
+    uint64_t opened, revoked, voided;
+} x9_lease_stats;
+
+typedef struct x9_lease_counts {
+    uint64_t sessions;    /* 1 or 0 */
+    uint64_t revocations; /* buckets that its client has been told to give up */
+    uint64_t voided;      /* sessions of its client that ended because it did not */
+    uint64_t waits;       /* changes that had to wait for other clients, */
+    uint64_t waited_us;   /* and for how long */
+} x9_lease_counts;
+
 typedef struct x9_stats {
     uint64_t requests;
     uint64_t read_bytes;
@@ -94,6 +109,17 @@ void x9_dev_set_limits(x9_dev *dev, const x9_limits *limits);
 void x9_dev_pause(x9_dev *dev, uint32_t ms);
 uint32_t x9_dev_quiet(x9_dev *dev, uint32_t ms);
 int x9_dev_resume(x9_dev *dev);
+
+x9_leases *x9_leases_open(int fd);
+void x9_leases_close(x9_leases *table);
+void x9_leases_freeze(x9_leases *table);
+uint32_t x9_leases_owed(x9_leases *table);
+void x9_leases_thaw(x9_leases *table);
+uint32_t x9_leases_recover(x9_leases *table, uint32_t pid);
+uint32_t x9_leases_pids(x9_leases *table, uint32_t *pids, uint32_t count);
+void x9_leases_stats(x9_leases *table, x9_lease_stats *out);
+void x9_dev_set_leases(x9_dev *dev, x9_leases *table, uint32_t term_ms, uint32_t peer);
+void x9_dev_lease_stats(x9_dev *dev, x9_lease_counts *out);
 
 x9_req *x9_next_cold(x9_dev *dev);
 void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len);

@@ -2,7 +2,7 @@
  *
  * The reader answers at once what needs no waiting (page cache, dentry cache); everything else goes to a few pool
  * threads or, for cold messages, to Python. So a slow request holds up nobody, and replies leave in any order. */
-#include "x9.h"
+#include "msg.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -49,6 +49,7 @@ static void finish(struct x9_dev *dev, int verdict, const char *format, ...)
     pthread_cond_broadcast(&dev->room);
     pthread_mutex_unlock(&dev->lock);
     dev_wake(dev);
+    lease_wake(dev);
     for (uint32_t i = 0; i < dev->nlinks; i++)
         if (dev->links[i]->kind == X9_STREAM)
             shutdown(dev->links[i]->wait_fd, SHUT_RDWR); /* somebody may be in send(2) to a peer that never reads */
@@ -59,6 +60,7 @@ void x9_dev_stop(x9_dev *dev)
 {
     __atomic_store_n(&dev->drain, true, __ATOMIC_RELEASE);
     dev_wake(dev);
+    lease_wake(dev);
 }
 
 void x9_dev_fail(x9_dev *dev, const char *reason) { finish(dev, X9_PROTOCOL, "%s", reason); }
@@ -102,11 +104,11 @@ void x9_dev_stats(x9_dev *dev, x9_stats *out)
     pthread_mutex_unlock(&dev->lock);
 }
 
-/* Whether no request is in flight but the one that asks. */
+/* Whether no request is in flight but the one that asks, and a Trevoke, which just waits. */
 bool dev_idle(struct x9_dev *dev)
 {
     pthread_mutex_lock(&dev->lock);
-    bool idle = !dev->nlive;
+    bool idle = dev->nlive == (dev->lease.poll != NULL);
     pthread_mutex_unlock(&dev->lock);
     return idle;
 }
@@ -270,8 +272,10 @@ static void mark_replying(struct x9_dev *dev, struct x9_req *req)
     pthread_mutex_unlock(&dev->lock);
 }
 
-void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len)
+void call_send(struct x9_call *call, uint8_t *msg, uint32_t len)
 {
+    if (call->unleased)
+        msg[4] |= X9_UNLEASED;
     obs_done(call->dev, &call->note, msg, len);
     limits_settle(call->dev, &call->promised, len);
     if (call->req)
@@ -333,6 +337,8 @@ static struct x9_req *find_live(struct x9_dev *dev, uint16_t tag)
 
 static void req_free(struct x9_req *req)
 {
+    if (req->claim.made)
+        lease_release(req->link->dev, &req->claim);
     if (req->held)
         ring_release(&req->link->ring, req->held);
     if (req->note.record) /* never answered */
@@ -443,6 +449,31 @@ static void make_room(struct x9_link *link)
     pthread_mutex_unlock(&dev->lock);
 }
 
+/* Has a request wait until other clients have given up what it changes. What it has of a ring it gives back: others
+ * need the room. If it cannot wait, it is answered. */
+static void park(struct x9_dev *dev, struct x9_req *req)
+{
+    int err = lease_start(dev);
+
+    if (!err && req->held) {
+        take_out(req);
+        if (req->held)
+            err = ENOMEM;
+    }
+    if (err) {
+        obs_start(&req->note);
+        x9_reply_errno(dev, req, (uint32_t)err);
+        return;
+    }
+    pthread_mutex_lock(&dev->lock);
+    req->running = false, req->parked = true;
+    req->next = dev->lease.parked;
+    dev->lease.parked = req;
+    dev->lease.waits++;
+    pthread_mutex_unlock(&dev->lock);
+    lease_wake(dev);
+}
+
 static void *pool_thread(void *arg)
 {
     struct x9_dev *dev = arg;
@@ -466,16 +497,23 @@ static void *pool_thread(void *arg)
             pthread_mutex_lock(&dev->lock);
             continue;
         }
+        if (!lease_may_begin(dev, &req->claim, req->msg, req->size)) {
+            park(dev, req);
+            pthread_mutex_lock(&dev->lock);
+            continue;
+        }
         if (req->held)
             take_out(req);
         call->dev = dev, call->link = req->link, call->msg = req->msg, call->size = req->size;
         call->tag = req->tag, call->type = req->type, call->may_block = true;
         call->req = req;
+        call->unleased = req->claim.made && req->claim.shared && lease_has_session(dev);
         call->data_in_ring = req->held != NULL, call->data_pos = req->data_pos;
         call->note = req->note, req->note = (struct x9_note){0};
         call->promised = req->promised, req->promised = 0;
         obs_start(&call->note);
         int result = fs_handle(call);
+        lease_done(dev, &req->claim, req->msg, req->size);
         if (req->held)
             release_data(req); /* before the reply: the peer may be waiting for room */
         answer(call, result);
@@ -526,9 +564,11 @@ static void wait_for_place(struct x9_dev *dev, uint64_t weight)
     dev->throttled_ns += limits_waited(began);
 }
 
+enum where { TO_POOL, TO_PYTHON, TO_PARK, TO_POLL };
+
 /* Queues a private copy of the message; the data of a Twrite stays in the ring until it is written. Returns an errno
  * for the guest, or X9_DONE. */
-static int later(struct x9_call *call, bool cold)
+static int later(struct x9_call *call, enum where where)
 {
     struct x9_dev *dev = call->dev;
     struct x9_req *req = calloc(1, sizeof *req);
@@ -548,7 +588,7 @@ static int later(struct x9_call *call, bool cold)
     req->weight = limits_weight(call);
     if (limits_full(dev, req->weight))
         wait_for_place(dev, req->weight);
-    if (!cold) {
+    if (where == TO_POOL) {
         grow_pool(dev);
         if (!dev->npool) {
             pthread_mutex_unlock(&dev->lock);
@@ -562,13 +602,50 @@ static int later(struct x9_call *call, bool cold)
     }
     req->note = call->note, call->note = (struct x9_note){0};
     req->promised = call->promised, call->promised = 0;
+    req->claim = call->claim, call->claim = (struct x9_claim){0};
     dev->nbytes += req->weight;
     req->next_live = dev->live;
     dev->live = req;
     dev->nlive++;
-    push(cold ? &dev->cold : &dev->pool, req);
+    if (where == TO_POOL || where == TO_PYTHON)
+        push(where == TO_PYTHON ? &dev->cold : &dev->pool, req);
+    req->running = where == TO_PARK || where == TO_POLL;
+    if (where == TO_POLL)
+        dev->lease.poll = req;
     pthread_mutex_unlock(&dev->lock);
+    if (where == TO_PARK)
+        park(dev, req);
+    else if (where == TO_POLL)
+        lease_wake(dev);
     return X9_DONE;
+}
+
+/* A Trevoke stays until there is something to say. */
+int lease_poll_later(struct x9_call *call) { return later(call, TO_POLL); }
+
+/* What was parked may begin. With dev->lock held. */
+void dev_unpark(struct x9_dev *dev, struct x9_req *req)
+{
+    if (!fs_is_cold(req->type)) {
+        grow_pool(dev);
+        dev->nqueued++;
+    }
+    push(fs_is_cold(req->type) ? &dev->cold : &dev->pool, req);
+}
+
+/* Drops what is parked: it has not begun, and nobody wants an answer any more. */
+void dev_drop_parked(struct x9_dev *dev)
+{
+    pthread_mutex_lock(&dev->lock);
+    struct x9_req *all = dev->lease.parked, *req;
+    dev->lease.parked = NULL;
+    for (req = all; req; req = req->next)
+        unlive(dev, req);
+    pthread_mutex_unlock(&dev->lock);
+    while ((req = all)) {
+        all = req->next;
+        req_free(req);
+    }
 }
 
 /* Has the pool start the writeback that a write on the reader asked for. If that cannot be, nothing is lost. */
@@ -596,14 +673,20 @@ static void write_back_later(struct x9_call *call)
 /* Blocks for the next cold message; NULL when the device is ending. */
 x9_req *x9_next_cold(x9_dev *dev)
 {
-    struct x9_req *req = NULL;
+    struct x9_req *req;
 
-    pthread_mutex_lock(&dev->lock);
-    while (!dev->stop && (dev->parked || !(req = pop(&dev->cold))))
-        pthread_cond_wait(&dev->cold.more, &dev->lock);
-    if (req)
-        req->running = true;
-    pthread_mutex_unlock(&dev->lock);
+    for (;;) {
+        req = NULL;
+        pthread_mutex_lock(&dev->lock);
+        while (!dev->stop && (dev->parked || !(req = pop(&dev->cold))))
+            pthread_cond_wait(&dev->cold.more, &dev->lock);
+        if (req)
+            req->running = true;
+        pthread_mutex_unlock(&dev->lock);
+        if (!req || lease_may_begin(dev, &req->claim, req->msg, req->size))
+            break;
+        park(dev, req);
+    }
     if (req)
         obs_start(&req->note);
     return req;
@@ -611,6 +694,15 @@ x9_req *x9_next_cold(x9_dev *dev)
 
 void x9_reply(x9_dev *dev, x9_req *req, const uint8_t *msg, uint32_t len)
 {
+    bool unleased = req->claim.made && req->claim.shared && lease_has_session(dev);
+    uint8_t marked[64]; /* what changes something has short replies */
+
+    lease_done(dev, &req->claim, req->msg, req->size);
+    if (unleased && len <= sizeof marked) {
+        memcpy(marked, msg, len);
+        marked[4] |= X9_UNLEASED;
+        msg = marked;
+    }
     obs_done(dev, &req->note, msg, len);
     limits_settle(dev, &req->promised, len);
     mark_replying(dev, req);
@@ -659,7 +751,12 @@ static int flush_now(struct x9_call *call, uint16_t old)
     pthread_mutex_lock(&dev->lock);
     struct x9_req *req = find_live(dev, old);
     if (req && !req->running) {
-        if (fs_is_cold(req->type)) {
+        if (req->parked) {
+            struct x9_req **at = &dev->lease.parked;
+            while (*at != req)
+                at = &(*at)->next;
+            *at = req->next;
+        } else if (fs_is_cold(req->type)) {
             unqueue(&dev->cold, req);
         } else {
             unqueue(&dev->pool, req);
@@ -676,7 +773,10 @@ static int flush_now(struct x9_call *call, uint16_t old)
         if (result == X9_DONE)
             more[req->nflushes++] = (struct x9_flush){call->tag, call->link};
     }
+    bool poll = req && req == dev->lease.poll;
     pthread_mutex_unlock(&dev->lock);
+    if (poll)
+        lease_wake(dev);
     if (gone)
         req_free(gone);
     put_header(call->out, X9_HEADER, P9_TFLUSH + 1, call->tag);
@@ -779,13 +879,22 @@ static void dispatch(struct x9_call *call)
     else if (dev->config.readonly && fs_mutates(call->type) && !auth_takes(call))
         result = EROFS;
     else if (fs_is_cold(call->type))
-        result = later(call, true);
+        result = later(call, TO_PYTHON);
     else if (call->type == P9_TFLUSH)
         result = flush(call);
     else if (fs_wants_pool(call->type))
-        result = later(call, false);
-    else if ((result = fs_handle(call)) == X9_LATER)
-        result = later(call, false);
+        result = later(call, TO_POOL);
+    else if (call->type == P9_TWRITE && !lease_may_begin(dev, &call->claim, call->msg, call->size))
+        result = later(call, TO_PARK);
+    else {
+        call->unleased = call->claim.made && call->claim.shared && lease_has_session(dev);
+        if ((result = fs_handle(call)) == X9_LATER)
+            result = later(call, TO_POOL);
+        if (call->type == P9_TWRITE)
+            lease_done(dev, &call->claim, call->msg, call->size);
+    }
+    if (call->claim.made) /* it could not even be queued */
+        lease_release(dev, &call->claim);
     /* Before the reply: the peer may be waiting for room, and so one notification serves for both. */
     if (call->data_in_ring && !call->held && ring_consume(&call->link->ring, call->size))
         finish(dev, X9_SYSTEM, "out of memory");
@@ -799,6 +908,7 @@ static void handle(struct x9_call *call)
 {
     call->type = call->msg[4];
     call->tag = get16(call->msg + 5);
+    call->unleased = false;
     limits_charge(call);
     obs_begin(call);
     dispatch(call);
@@ -969,6 +1079,9 @@ int x9_dev_run(x9_dev *dev)
     for (uint32_t i = 0; i < dev->npool; i++)
         pthread_join(dev->threads[i], NULL);
     dev->npool = 0;
+    if (dev->lease.running)
+        pthread_join(dev->lease.thread, NULL);
+    dev->lease.running = false;
     if (call)
         free(call->big);
     free(call);
@@ -989,6 +1102,7 @@ x9_dev *x9_dev_new(const x9_config *config)
     if (dev->config.pool_threads > sizeof dev->threads / sizeof *dev->threads)
         dev->config.pool_threads = sizeof dev->threads / sizeof *dev->threads;
     dev->gnt_fd = dev->evt_fd = -1;
+    dev->lease.slot = X9_NOID;
     dev->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     dev->buf = malloc(config->max_msize);
     pthread_mutex_init(&dev->lock, NULL);
@@ -1096,6 +1210,7 @@ void x9_dev_free(x9_dev *dev)
         free(link->stream_buf);
         free(link);
     }
+    lease_free(dev);
     users_free(dev);
     obs_free(dev);
     events_free(dev);

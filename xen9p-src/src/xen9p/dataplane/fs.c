@@ -191,6 +191,7 @@ static int h_version(struct x9_call *call)
         msize = call->dev->config.max_msize;
     if (len >= 8 && !memcmp(text, ours, 8) && (len == 8 || text[8] == '.'))
         answer = ours;
+    lease_end(call->dev);
     /* A new session: nothing of the old one may still run when its fids go. */
     int err = dev_drain(call->dev);
     if (err)
@@ -259,8 +260,10 @@ static int h_walk(struct x9_call *call)
             next = call->may_block ? open_parent(dev, at, uid) : -EAGAIN;
         else if (!strcmp(names[done], "."))
             next = -EINVAL;
-        else
+        else {
+            lease_name(call, at, names[done]);
             next = open_beneath(at, names[done], O_PATH, 0, call->may_block ? 0 : RESOLVE_CACHED);
+        }
         if (next < 0) {
             err = next == -EXDEV || next == -ELOOP ? EACCES : -next;
             break;
@@ -313,6 +316,8 @@ static int h_getattr(struct x9_call *call)
     struct x9_fid *fid = fids_get(&call->dev->fids, num);
     if (!fid)
         return EBADF;
+    lease_file(call, fid);
+    uint64_t key = lease_has_session(call->dev) ? lease_fid_key(fid) : 0;
     if (statx(fid->path_fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS | STATX_BTIME, &sx))
         err = errno;
     fid_put(fid);
@@ -336,7 +341,7 @@ static int h_getattr(struct x9_call *call)
         put64(p + 73 + i * 16, (uint64_t)times[i]->tv_sec);
         put64(p + 81 + i * 16, times[i]->tv_nsec);
     }
-    put64(p + 137, 0); /* gen */
+    put64(p + 137, key); /* gen: to a client with leases what its buckets are counted from; else 0 */
     put64(p + 145, 0); /* data_version */
     return 0;
 }
@@ -608,6 +613,8 @@ static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset
     }
     if (!err) {
         put_header(header, X9_READ_HEADER + (uint32_t)got, P9_TREAD + 1, call->tag);
+        if (call->unleased)
+            header[4] |= X9_UNLEASED;
         put32(header + X9_HEADER, (uint32_t)got);
         obs_done_read(call, header, (uint32_t)got);
         ring_poke(&link->ring, 0, header, sizeof header);
@@ -641,6 +648,7 @@ static int h_read(struct x9_call *call)
         fid_put(fid);
         return EINVAL;
     }
+    lease_file(call, fid);
     if (!call->may_block) {
         streams_read(call, fid, offset, count);
         err = fid->plain_read || call->link->kind == X9_STREAM ? X9_LATER : read_cached(call, fid, offset, count);
@@ -797,6 +805,7 @@ static int h_readdir(struct x9_call *call)
         return ENOMEM;
     if ((err = open_fid(call, num, S_IFDIR, &fid)))
         return err;
+    lease_file(call, fid);
     struct stat st;
     bool top = false;
     pthread_mutex_lock(&fid->lock);
@@ -913,6 +922,7 @@ static int h_readlink(struct x9_call *call)
     struct x9_fid *fid = fids_get(&call->dev->fids, num);
     if (!fid)
         return EBADF;
+    lease_file(call, fid);
     ssize_t n = fid->format == S_IFLNK ? readlinkat(fid->path_fd, "", target, sizeof target) : (errno = EINVAL, -1);
     int err = n < 0 ? errno : X9_HEADER + 2 + (uint32_t)n > call->dev->msize ? ENAMETOOLONG : 0;
     fid_put(fid);
@@ -987,6 +997,8 @@ static const struct {
     [P9_TMKDIR] = {NULL, COLD | MUTATES},
     [P9_TRENAMEAT] = {NULL, COLD | MUTATES},
     [P9_TUNLINKAT] = {NULL, COLD | MUTATES},
+    [P9_TLEASE] = {h_lease, HOT},
+    [P9_TREVOKE] = {h_revoke, HOT},
     [P9_TREMOVE] = {NULL, COLD}, /* it clunks its fid even where nothing may change */
 };
 

@@ -41,6 +41,9 @@ enum {
     P9_TMKDIR = 72,
     P9_TRENAMEAT = 74,
     P9_TUNLINKAT = 76,
+    /* Ours, of numbers that 9P2000.L and Linux leave free: lease.c. */
+    P9_TLEASE = 90,
+    P9_TREVOKE = 92,
     P9_TVERSION = 100,
     P9_TAUTH = 102,
     P9_TATTACH = 104,
@@ -56,6 +59,7 @@ enum {
 #define X9_READ_HEADER 11u   /* Rread, Rreaddir: header and count[4] */
 #define X9_IO_HEADER 24u     /* what clients take off msize for the header of a Tread or Twrite */
 #define X9_WRITE_HEADER 23u  /* Twrite: header, fid[4], offset[8], count[4] */
+#define X9_UNLEASED 0x80u    /* in a reply's type, to a client with a lease session: nothing of this may be kept */
 #define X9_NOFID 0xffffffffu
 #define X9_NOTAG 0xffffu
 #define X9_MAX_WALK 16u
@@ -161,6 +165,7 @@ struct x9_fid {
     pthread_mutex_t lock; /* Tlopen's change of state, the position of a directory stream, what came for an xattr */
     struct x9_xattr *xattr; /* this fid is an extended attribute and no file; from its making to its end */
     struct x9_auth *auth;   /* it is that of a Tauth; from its making to its end */
+    uint64_t lease_key;     /* atomic; 0: not asked for yet */
     struct x9_locks *locks; /* where locks that were taken through this fid are, if there were any */
     struct x9_fid *next;
 };
@@ -220,6 +225,36 @@ struct x9_mark {
 /* --- devices --- */
 
 enum x9_kind { X9_XEN, X9_MEMORY, X9_STREAM };
+
+/* What a change has taken from other clients; see lease.c. */
+#define X9_CLAIMED 8u /* buckets: a rename has two names, with their directories and files */
+struct x9_claim {
+    bool made, shared, late;
+    uint32_t count, buckets[X9_CLAIMED];
+    uint16_t places[X9_CLAIMED];
+    uint64_t told[X9_CLAIMED];
+    int64_t since;
+};
+
+/* A device's part in leases; see lease.c. */
+#define X9_REVOKED 512u /* buckets in a Rrevoke: it fits the smallest msize */
+struct x9_lease {
+    x9_leases *table; /* NULL: nobody gets any */
+    uint32_t record, peer;
+    int64_t term_ns;
+    uint32_t slot;             /* atomic; X9_NOID: there is no session */
+    int64_t granted, granting; /* atomic: until when it is, or is about to be */
+    int64_t refused_until;     /* the reader's, as is condemned: it is to be renewed no more */
+    bool condemned;
+    uint64_t voided;           /* atomic */
+    bool running;              /* below dev->lock, as is all that follows */
+    pthread_t thread;
+    struct x9_req *poll, *parked;
+    uint64_t batch, told, waits, waited_ns;
+    bool unconfirmed, sent_everything;
+    uint32_t nsent, sent[X9_REVOKED];
+    int64_t sent_at, debt, debt_at;
+};
 
 /* The byte-range locks that one peer holds; see locks.c. */
 struct x9_locks {
@@ -284,6 +319,8 @@ struct x9_req {
     struct x9_stream stream; /* a job of our own and no request: start writing this back */
     uint32_t promised;       /* bytes of its reply that its rate has been charged with already */
     uint64_t weight;         /* its part of dev->nbytes */
+    struct x9_claim claim;
+    bool parked; /* it waits for clients to give up what it changes, in dev->lease.parked */
     bool running;
     bool replying; /* its reply is leaving: the peer may use the tag again any moment */
     struct x9_flush *flushes; /* the Tflush requests that wait for this one */
@@ -306,6 +343,7 @@ struct x9_dev {
     uint32_t msize; /* 0 until Tversion */
     struct x9_fids fids;
     struct x9_locks locks;
+    struct x9_lease lease;
     uint32_t xattr_fids, xattr_bytes, auth_fids; /* atomic */
     struct x9_link *links[X9_MAX_RINGS];
     uint32_t nlinks;
@@ -376,6 +414,8 @@ struct x9_call {
     struct x9_stream stream;
     struct x9_note note;
     uint32_t promised; /* as in x9_req */
+    struct x9_claim claim; /* the reader's; a request that has been queued has its own */
+    bool unleased;         /* the reply says that nothing of it may be kept */
     uint8_t *big;       /* msize bytes, or NULL: allocated on first use */
     uint8_t out[X9_SMALL];
     uint32_t out_len;
@@ -455,6 +495,24 @@ static inline int act_as(const struct x9_dev *dev, uint32_t guest_uid)
     return act_as_slowly(dev, guest_uid);
 }
 
+uint64_t lease_key(uint64_t st_dev, uint64_t ino);
+uint64_t lease_fid_key(struct x9_fid *fid);
+bool lease_has_session(const struct x9_dev *dev);
+void lease_file(struct x9_call *call, struct x9_fid *fid);
+void lease_name(struct x9_call *call, int fd, const char *name);
+bool lease_may_begin(struct x9_dev *dev, struct x9_claim *claim, const uint8_t *msg, uint32_t size);
+void lease_done(struct x9_dev *dev, struct x9_claim *claim, const uint8_t *msg, uint32_t size);
+void lease_release(struct x9_dev *dev, struct x9_claim *claim);
+int lease_start(struct x9_dev *dev);
+void lease_wake(struct x9_dev *dev);
+void lease_end(struct x9_dev *dev);
+void lease_free(struct x9_dev *dev);
+int h_lease(struct x9_call *call);
+int h_revoke(struct x9_call *call);
+int lease_poll_later(struct x9_call *call);
+void dev_unpark(struct x9_dev *dev, struct x9_req *req);
+void dev_drop_parked(struct x9_dev *dev);
+
 int h_lock(struct x9_call *call);
 int h_getlock(struct x9_call *call);
 void locks_forget(struct x9_fid *fid);
@@ -469,7 +527,7 @@ bool limits_full(const struct x9_dev *dev, uint64_t weight);
 
 int link_wait_room(struct x9_link *link, uint32_t len);
 void link_notify(struct x9_link *link);
-void call_send(struct x9_call *call, const uint8_t *msg, uint32_t len);
+void call_send(struct x9_call *call, uint8_t *msg, uint32_t len);
 void dev_wake(struct x9_dev *dev);
 bool dev_stopping(struct x9_dev *dev);
 bool dev_ending(struct x9_dev *dev);

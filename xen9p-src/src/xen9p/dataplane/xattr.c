@@ -199,6 +199,7 @@ int h_xattrwalk(struct x9_call *call)
     struct x9_fid *from = fids_get(&call->dev->fids, num);
     if (!from)
         return EBADF;
+    lease_file(call, from);
     err = fids_has(&call->dev->fids, newnum) ? EINVAL : snapshot(call, from, name, newnum);
     fid_put(from);
     return err;

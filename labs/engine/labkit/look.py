@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -167,6 +167,22 @@ class Look:
         name = self.system.name(place)
         found = [d for d in self.status()["devices"] if (d["guest"], d["tag"]) == (name, tag)]
         return found[0] if found else None
+
+    def domid(self, place: str) -> int:
+        """The domain id of a guest. CouldNotLookError if it does not run."""
+        done = self.run(HOST, f"xl domid {quote(self.system.name(place))}")
+        if done.code != 0 or not done.out.strip().isdigit():
+            raise CouldNotLookError(
+                f"{self.system.name(place)} does not run",
+                f"on the host: xl create /etc/xen/{self.system.name(place)}.cfg",
+            )
+        return int(done.out)
+
+    def nodes(self, paths: Sequence[str]) -> list[str | None]:
+        """The values of nodes of XenStore, None for one that is not there. Paths are shell words."""
+        script = "\n".join(f"xenstore-read {path} 2>/dev/null | head -n 1 || true; echo --" for path in paths)
+        parts_ = self.out(HOST, script).split("--\n")
+        return [part.rstrip("\n") or None for part in parts_[: len(paths)]]
 
     def path(self, arguments: str) -> dict[str, Any]:
         """`xen9p path --json`. *arguments* are shell text."""

@@ -271,7 +271,8 @@ class Setup:
         block = policy_block(self.lab, self.student)
         filled = values_of(self.lab, self.student)
         attach = [
-            f"{self.student.guests[number - 1]} {export_name(self.lab, self.student, e.name)} {fill(e.tag, filled)}"
+            f"{self.student.guests[number - 1]} {export_name(self.lab, self.student, e.name)} {fill(e.tag, filled)} "
+            f"{e.terms.get('frontend', 'kernel')}"
             for e in self.lab.exports
             if e.attach == "auto"
             for number in e.guests

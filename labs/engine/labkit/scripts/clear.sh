@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# On the host: what a student has made of a lab goes away; the part of the store is the start's again.
+# On the host: what a student has made of a lab goes away; the part of the store is the start's again. The lab's block of
+# the policy stays: prepare.sh writes it anew where it differs.
 set -uo pipefail
-: "${student:?}" "${lab:?}" "${part:?}" "${pristine:?}" "${work:?}" "${state:?}" "${policy:?}" "${guests:=}" "${cleanup:=}" "${end:?}"
+: "${student:?}" "${lab:?}" "${part:?}" "${pristine:?}" "${work:?}" "${guests:=}" "${cleanup:=}" "${end:?}"
 
 fail() {
   echo "error: $1" >&2
@@ -13,19 +14,6 @@ base64 -d <<<"$end" | python3 - "$work"
 [ -z "$cleanup" ] || eval "$cleanup"
 rm -rf "$work"
 
-if [ -f "$policy" ]; then
-  exec 9>"$state/../policy.lock"
-  flock 9
-  mark="# lab: $student $lab"
-  if grep -q "^$mark begins\$" "$policy"; then
-    sed "/^$mark begins\$/,/^$mark ends\$/d" "$policy" >"$policy.lab"
-    xen9p policy check "$policy.lab" >&2 || fail "the policy is not usable: correct $policy"
-    cat "$policy.lab" >"$policy"
-    rm -f "$policy.lab"
-    systemctl reload xen9pd
-  fi
-  flock -u 9
-fi
 if command -v xen9p >/dev/null && [ -n "$guests" ]; then
   # Every device that leads into the student's part, whoever made it.
   xen9p status --json | PART=$part GUESTS=$guests python3 -c '

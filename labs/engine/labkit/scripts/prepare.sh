@@ -56,8 +56,34 @@ if ! cmp -s "$policy" "$policy.lab"; then
 fi
 rm -f "$policy.lab"
 flock -u 9
-while read -r guest export tag; do
-  [ -n "$guest" ] || continue
-  # It may be there already, by its rule.
-  xen9p attach "$guest" "$export" --tag "$tag" >/dev/null 2>&1 || true
+
+# The service takes a reload up a moment later, and what a rule attaches by itself may be there already.
+give() {
+  local said try
+  for try in $(seq 40); do
+    said=$(xen9p attach "$1" "$2" --tag "$3" 2>&1 </dev/null) && return
+    case $said in
+    *"has tag"*) return ;;
+    *"is running"*) fail "$1 does not run: xl create /etc/xen/$1.cfg" ;;
+    esac
+    sleep 0.5
+  done
+  fail "$1 does not get $2 after $try tries: ${said#xen9p: error: }"
+}
+
+# A kernel's frontend is ready as soon as it has seen the device; one in user space when somebody uses it.
+connected() {
+  local try
+  for try in $(seq 20); do
+    xen9p status </dev/null | awk -v g="$1" -v t="$2" '$2 == g && $3 == t && $6 == "connected" { f = 1 } END { exit !f }' && return
+    sleep 0.5
+  done
+  fail "$1 does not take the device $2, not in $try looks: see xen9p status and dmesg in the guest"
+}
+
+while read -r guest export tag frontend; do
+  [ -z "$guest" ] || give "$guest" "$export" "$tag"
+done <<<"$attach"
+while read -r guest export tag frontend; do
+  [ "$frontend" != kernel ] || connected "$guest" "$tag"
 done <<<"$attach"

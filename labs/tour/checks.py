@@ -41,7 +41,9 @@ def worker(look: Look) -> Verdict:
     """The process and the order of its rings."""
     device = tour(look)
     way = look.path('"$guest:tour:/long"')
-    rings = next((step["to"]["rings"] for step in way["steps"] if step["to"]["space"] == "ring"), [])
+    rings: list[dict[str, Any]] = next(
+        (step["to"]["rings"] for step in way["steps"] if step["to"]["space"] == "ring"), []
+    )
     if not rings or rings[0].get("order") is None:
         raise CouldNotLookError("the order of the rings cannot be seen", "is the worker of this version?")
     return parts(

@@ -50,22 +50,22 @@ def blocks(look: Look) -> Verdict:
         return failed("a disk of your guest's, xvdb, served by blkback", "no block device")
     way = look.path('"$guest:/data" --disk xvdb --offset "$offset"')
     seen = look.out("guest", "sha256sum < /mnt/twin/data 2>/dev/null")
+    twin = ("the same file data, in the guest at /mnt/twin", "another one, or none")
     return parts(
         {
-            "twin": passed() if seen == there["sum"].out + "\n" or seen.strip() == there["sum"].out.strip()
-            else failed("the same file data, in the guest at /mnt/twin", "another one, or none"),
-            "disk": compare(look.answer("disk"), way["translations"], "disk=..., the number of translations over blocks"),
+            "twin": passed() if seen.strip() == there["sum"].out.strip() else failed(*twin),
+            "disk": compare(look.answer("disk"), way["translations"], "disk=..., how many translations over blocks"),
             "sector": compare(
                 look.answer("sector"), at(way, "virtual disk sector", "sector"), "sector=..., of the guest's disk"
             ),
         }
-    )  # fmt: skip
+    )
 
 
 def predict(look: Look) -> Verdict:
     """The answer is how many Tread the same dd takes now."""
     options = look.out("guest", "awk '$2 == \"/mnt/slow\" { print $4 }' /proc/mounts").strip().split(",")
-    if "msize=8192" not in options or not {"cache=none"} | set(options):
+    if "msize=8192" not in options or any(word in o for o in options for word in ("loose", "mmap", "fscache")):
         return failed("tag slow mounted at /mnt/slow with msize=8192 and cache=none", ",".join(options) or "no mount")
     before = look.counters("guest", "slow")
     done = look.run("guest", 'dd if=/mnt/slow/data of=/dev/null bs="$block" status=none')

@@ -55,22 +55,30 @@ def build_parser() -> argparse.ArgumentParser:
     add = _adder(commands)
     add("list", _list, "which labs there are, and how far you are")
     start = add("start", _start, "start a lab, or go on with it", lab=True, everybody=True)
-    start.add_argument("--forget", action="store_true", help="also forget what was once achieved, and hints taken")
+    start.add_argument(
+        "--forget", action="store_true", help="begin anew: forget what was made, once achieved, and hints taken"
+    )
     check = add("check", _check, "look how far you are; as often as you like", lab=True)
     check.add_argument("check", nargs="?", metavar="CHECK", help="one check, and what it needs; default: all")
     hint = add("hint", _hint, "the next hint for a check; says first what it costs", lab=True)
     hint.add_argument("check", metavar="CHECK", help="name of the check")
     hint.add_argument("--yes", action="store_true", help="take it, even if it costs points")
     add("reset", _reset, "bring a lab back to its start; points once achieved stay", lab=True, everybody=True)
+    add("end", _end, "take a lab off the host; points stay", lab=True, everybody=True)
     grade = add("grade", _grade, "check, and write the results to files", lab=True, everybody=True)
-    grade.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where to; default: %(default)s")
+    grade.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where to; default: .lab/labs/results")
     progress = add("progress", _progress, "points of all labs, without looking anew", everybody=True)
     progress.add_argument("--json", action="store_true", help="as one JSON object")
     collect = add("collect", _collect, "results of a class from files, signatures checked: pages and CSV", lab=True)
     collect.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what lab grade wrote")
-    collect.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where to; default: %(default)s")
+    collect.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="where to; default: .lab/labs/results"
+    )
     handout = add("handout", _handout, "the course file for a student's own machine: their key alone")
     handout.add_argument("name", metavar="NAME", help="the student")
+    writing = add("write-course", _write_course, "for the playbooks: the course file, from JSON on standard input")
+    writing.add_argument("file", type=Path, metavar="FILE", help="the course file")
+    writing.add_argument("--seed-file", type=Path, required=True, metavar="FILE", help="has the key; made if missing")
     new = add("new", _new, "a folder for a new lab, which passes lab lint")
     new.add_argument("name", metavar="NAME", help="lower-case letters, digits, dashes")
     linting = add("lint", _lint, "say what is wrong with labs' folders")
@@ -170,6 +178,16 @@ def _reset(options: argparse.Namespace) -> int:
     print(f"{lab.title}, for {student.name}: back to the start", flush=True)
     took = Setup(lab, student, connect(student), _say).reset()
     print(f"reset in {took:.1f} s: what is there now is what there was at the start")
+    return 0
+
+
+def _end(options: argparse.Namespace) -> int:
+    if options.all:
+        return _everybody(options, ["end", options.lab])
+    lab = spec.load(options.lab)
+    _, student = _who(options)
+    Setup(lab, student, connect(student), _say).end()
+    print(f"{lab.title} is no longer on {student.host.name}; its points are remembered there")
     return 0
 
 
@@ -279,6 +297,7 @@ def _everybody(options: argparse.Namespace, command: list[str]) -> int:
         return student, subprocess.run(words, capture_output=True, text=True, check=False, env=env)
 
     worst = 0
+    failed: list[str] = []
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for number, future in enumerate(as_completed([pool.submit(one, s) for s in students]), 1):
             student, done = future.result()
@@ -287,6 +306,10 @@ def _everybody(options: argparse.Namespace, command: list[str]) -> int:
             last = (lines or said or ["nothing"])[-1].removeprefix("lab: error: ")
             print(f"[{number}/{len(students)}, {time.monotonic() - began:.0f} s] {student.name}: {last}", flush=True)
             worst = max(worst, done.returncode)
+            if done.returncode:
+                failed.append(f"{student.name}: {last}")
+    if failed:
+        print(f"lab: error: {len(failed)} of {len(students)} students: {failed[0]}", file=sys.stderr)
     return worst
 
 
@@ -367,6 +390,21 @@ def _bar(last: object) -> str:
 
 def _handout(options: argparse.Namespace) -> int:
     print(yaml.safe_dump(courses.handout(_course(options), options.name), sort_keys=False), end="")
+    return 0
+
+
+def _write_course(options: argparse.Namespace) -> int:
+    try:
+        document = json.loads(sys.stdin.read())
+    except ValueError:
+        raise LabError("standard input holds no JSON", "playbooks/lab.yml knows what to say") from None
+    if isinstance(document, dict) and "seed" not in document:
+        document["seed"] = courses.seed(options.seed_file)
+    courses.parse(document, options.file.name)
+    changed = not options.file.exists() or spec.read_yaml(options.file) != document
+    if changed:
+        courses.write(options.file, document)
+    print(f"{options.file} {'written' if changed else 'as before'}")
     return 0
 
 

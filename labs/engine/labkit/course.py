@@ -81,10 +81,14 @@ class Course:
 
 def load(path: Path) -> Course:
     """The course in a file. LabError, a line for each problem."""
-    document = read_yaml(path)
+    return parse(read_yaml(path), path.name)
+
+
+def parse(document: Any, source: str) -> Course:
+    """The course that a document says. LabError, a line for each problem."""
     problems = schema_problems(document, "course") or list(_problems(document))
     if problems:
-        raise LabError("\n".join(f"{path.name}: {line}" for line in problems))
+        raise LabError("\n".join(f"{source}: {line}" for line in problems))
     return from_document(document)
 
 
@@ -145,19 +149,18 @@ def _problems(document: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def default(lab: str = "") -> Course:
-    """The course of one who learns alone on the testbed; its file is made at the first call.
+def default() -> Course:
+    """The course of one who learns alone on the testbed ($XEN9P_LAB, or lab); its file is made at the first call.
 
     Raises:
         LabError: no testbed stands.
     """
-    testbed = REPOSITORY / ".lab" / (lab or os.environ.get("XEN9P_LAB", "lab"))
-    config = testbed / "ssh_config"
-    path = STATE / "course.yml"
-    if path.exists() and not lab:
-        return load(path)
+    testbed = REPOSITORY / ".lab" / os.environ.get("XEN9P_LAB", "lab")
+    config, path = testbed / "ssh_config", testbed / "course.yml"
     if not config.exists():
         raise LabError("no Xen host stands here", "make lab; or name your course's file: --course FILE")
+    if path.exists():
+        return load(path)
     names = re.findall(r"^Host (\S+)$", config.read_text(), re.M)
     name = re.sub(r"[^a-z0-9]", "", getpass.getuser().lower())[:12]
     document = {
@@ -174,6 +177,20 @@ def default(lab: str = "") -> Course:
     }
     write(path, document)
     return from_document(document)
+
+
+def seed(path: Path) -> str:
+    """The course's key in a file, which is made if it is not there. LabError if it holds something else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+    except FileExistsError:
+        pass
+    found = path.read_text().strip()
+    if not re.fullmatch("[0-9a-f]{64}", found):
+        raise LabError(f"{path.name} holds no key", "64 hexadecimal digits: openssl rand -hex 32")
+    return found
 
 
 def handout(course: Course, name: str) -> dict[str, Any]:

@@ -197,10 +197,15 @@ class Setup:
         self.paths = where(lab.name, student)
 
     def start(self) -> bool:
-        """Makes what is missing; what a student has made stays. Whether it is the first start."""
+        """Makes what is missing; what a student has made stays. Whether it is the first start.
+
+        Where nothing is remembered of a lab that is on the host, nobody knows what was made of it: it begins anew.
+        """
         with state.held(self.system, self.student, self.lab.name, seconds=300):
             kept = state.load(self.system, self.student, self.lab.name)
             first = kept.manifest is None
+            if first and self.system.run(HOST, f'test -d "{self.paths.pristine}"').code == 0:
+                self._clear()
             self._prepare()
             if first:
                 kept.started = time.time()
@@ -231,6 +236,15 @@ class Setup:
                 "take it away by hand and reset again; if it stays, tell your instructor",
             )
         return time.monotonic() - began
+
+    def end(self) -> None:
+        """Takes the lab off the machines; what was achieved stays. LabError if it has not been started."""
+        with state.held(self.system, self.student, self.lab.name, seconds=300):
+            kept = state.load(self.system, self.student, self.lab.name)
+            self._clear()
+            check(self.system.run(HOST, script("remove.sh", self._host_variables()), 120), "taking the lab away")
+            kept.manifest = None
+            state.save(self.system, self.student, self.lab.name, kept)
 
     def _variables(self) -> dict[str, str]:
         return {

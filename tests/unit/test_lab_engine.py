@@ -206,6 +206,19 @@ def test_what_a_reset_leaves_is_said(room: Classroom) -> None:
 
 
 @needs_btrfs
+def test_the_end_leaves_points_and_nothing_else(room: Classroom) -> None:
+    room.lab().start()
+    room.follow("solution/steps.md")
+    room.grade()
+    assert room.cli("end", "sample").returncode == 0
+    assert list((room.host() / "store" / "labs" / "ada").iterdir()) == []
+    assert not room.work().exists()
+    assert room.lab().start() is True
+    done = room.grade()
+    assert (done.score, {o.name: o.achieved for o in done.outcomes}["copied"]) == (20, 40)
+
+
+@needs_btrfs
 def test_a_second_start_leaves_the_work_alone(room: Classroom) -> None:
     made = room.lab()
     made.start()

@@ -1,0 +1,100 @@
+"""Every lab on the host that stands: untouched it scores 0, solved 100, and each wrong turn what lab.yml says.
+
+Its guide runs as it is printed, and a reset brings the start back. Which labs: XEN9P_LABS_TRIED, names with commas
+between; all of them by default. The student is the test's own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lab import GUESTS, STATE
+from labkit import course, grade, guide, setup, spec, state, transport
+from labkit.grade import Graded
+from labkit.spec import Wrong
+
+LABS = [name for name in os.environ.get("XEN9P_LABS_TRIED", "").split(",") if name] or spec.names()
+COURSE = course.from_document(
+    {
+        "course": "tests",
+        "seed": "7e" * 32,
+        "hosts": {"host": {"ssh_config": str(STATE / "ssh_config")}},
+        "students": [{"name": "tester", "host": "host", "guests": list(GUESTS)}],
+    }
+)
+STUDENT = COURSE.student(None)
+WRONG = [(name, wrong) for name in LABS for wrong in spec.load(name).wrong]
+
+
+class Tried:
+    """A lab on the host."""
+
+    def __init__(self, name: str) -> None:
+        self.lab = spec.load(name)
+        self.system = transport.connect(STUDENT)
+        self.setup = setup.Setup(self.lab, STUDENT, self.system, print)
+
+    def fresh(self) -> None:
+        """At its start, with nothing remembered."""
+        state.forget(self.system, STUDENT, self.lab.name)
+        self.setup.start()
+        print(f"reset in {self.setup.reset():.1f} s")
+
+    def follow(self, path: str) -> None:
+        """Runs the commands of one of its texts."""
+        environment = {"student": STUDENT.name, "lab": self.lab.name}
+        guide.follow(self.lab.read(path), f"{self.lab.name}/{path}", self.system, environment, self._ran)
+
+    def _ran(self, ran: guide.Ran) -> None:
+        print(f"{ran.seconds:6.1f} s  {ran.block.place}: {ran.block.commands.splitlines()[0]}")
+
+    def grade(self) -> Graded:
+        """How it stands. What could not be looked at fails the test: every machine is on."""
+        began = time.monotonic()
+        done = grade.grade(self.lab, STUDENT, self.system, course=COURSE)
+        print(f"graded in {time.monotonic() - began:.1f} s: {done.score:g}")
+        for outcome in done.outcomes:
+            print(f"  {outcome.seconds:5.1f} s  {outcome.name}: {outcome.status}", outcome.expected, "/", outcome.found)
+        assert done.undecided == 0, [(o.name, o.status, o.found, o.trouble) for o in done.outcomes]
+        assert done.notes == []
+        return done
+
+
+@pytest.fixture
+def tried(request: pytest.FixtureRequest) -> Iterator[Tried]:
+    one = Tried(request.param)
+    one.fresh()
+    yield one
+    one.setup.end()
+
+
+EACH = pytest.mark.parametrize("tried", LABS, indirect=True)
+
+
+@EACH
+def test_untouched_it_scores_0_and_solved_100(tried: Tried) -> None:
+    assert tried.grade().score == 0
+    tried.follow("solution/steps.md")
+    assert tried.grade().score == 100
+    # fresh() has compared a reset of nothing; this one is of all that the solution has done.
+    tried.setup.reset()
+    state.forget(tried.system, STUDENT, tried.lab.name)
+    tried.setup.start()
+    assert tried.grade().score == 0
+
+
+@EACH
+def test_the_guide_runs_as_printed(tried: Tried) -> None:
+    tried.follow("guide.md")
+
+
+@pytest.mark.parametrize(("tried", "wrong"), WRONG, indirect=["tried"], ids=[f"{n}-{w.name}" for n, w in WRONG])
+def test_a_wrong_turn_scores_what_it_should(tried: Tried, wrong: Wrong) -> None:
+    if wrong.after == "solution":
+        tried.follow("solution/steps.md")
+    tried.follow(f"wrong/{wrong.name}.md")
+    assert tried.grade().score == wrong.score

@@ -14,8 +14,10 @@ nobody points. Whatever else a check raises counts as the check's own mistake: n
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +33,6 @@ from labkit.values import Value, Values
 ANSWERS: Final = "answers"
 """The student's answers, in the working folder on the host: lines of NAME=ANSWER, the last one of a name counts."""
 _LINE: Final = re.compile(r"([a-z][a-z0-9_]*)\s*=(.*)")
-_MARK: Final = "--lab-part-{}--"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +115,15 @@ class Look:
 
     def many(self, place: str, scripts: Mapping[str, str]) -> dict[str, Done]:
         """Several scripts in one go, each in a shell of its own."""
-        names = list(scripts)
+        names, mark = list(scripts), secrets.token_hex(8)
         lines = []
         for number, name in enumerate(names):
-            lines += [f"bash -c {quote(scripts[name])} 2>&1 </dev/null; r=$?; echo; echo {_MARK.format(number)}$r"]
+            lines += [f"bash -c {quote(scripts[name])} 2>&1 </dev/null; r=$?; echo; echo {mark}{number}:$r"]
         text = self.run(place, "\n".join(lines)).out
         found: dict[str, Done] = {}
         for number, name in enumerate(names):
-            part, mark, rest = text.partition(f"\n{_MARK.format(number)}")
-            if not mark:
+            part, there, rest = text.partition(f"\n{mark}{number}:")
+            if not there:
                 raise CouldNotLookError(f"{self.system.name(place)} broke off in the middle")
             code, _, text = rest.partition("\n")
             found[name] = Done(int(code), part, "")
@@ -135,8 +136,6 @@ class Look:
             return None
         if done.code != 0:
             raise CouldNotLookError(f"{self.system.name(place)}: {path} cannot be read: {done.said}")
-        import base64
-
         return base64.b64decode(done.out)
 
     def answer(self, name: str) -> str | None:
@@ -180,9 +179,10 @@ class Look:
 
     def nodes(self, paths: Sequence[str]) -> list[str | None]:
         """The values of nodes of XenStore, None for one that is not there. Paths are shell words."""
-        script = "\n".join(f"xenstore-read {path} 2>/dev/null | head -n 1 || true; echo --" for path in paths)
-        parts_ = self.out(HOST, script).split("--\n")
-        return [part.rstrip("\n") or None for part in parts_[: len(paths)]]
+        mark = secrets.token_hex(8)  # a guest writes what it likes into its nodes
+        script = "\n".join(f"xenstore-read {path} 2>/dev/null | head -n 1; echo {mark}" for path in paths)
+        found = self.out(HOST, script).split(f"{mark}\n")
+        return [text.rstrip("\n") or None for text in found[: len(paths)]]
 
     def path(self, arguments: str) -> dict[str, Any]:
         """`xen9p path --json`. *arguments* are shell text."""

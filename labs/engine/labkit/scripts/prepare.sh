@@ -71,19 +71,28 @@ give() {
   fail "$1 does not get $2 after $try tries: ${said#xen9p: error: }"
 }
 
-# A kernel's frontend is ready as soon as it has seen the device; one in user space when somebody uses it.
-connected() {
-  local try
-  for try in $(seq 20); do
-    xen9p status </dev/null | awk -v g="$1" -v t="$2" '$2 == g && $3 == t && $6 == "connected" { f = 1 } END { exit !f }' && return
-    sleep 0.5
-  done
-  fail "$1 does not take the device $2, not in $try looks: see xen9p status and dmesg in the guest"
+# How many of the devices that a kernel serves are not connected yet. Those of user space are when somebody uses them.
+missing() {
+  xen9p status </dev/null | WANTED=$attach awk '
+    BEGIN { n = split(ENVIRON["WANTED"], lines, "\n"); for (i = 1; i <= n; i++) { split(lines[i], w, " ")
+      if (w[4] == "kernel") wanted[w[1] " " w[3]] } }
+    $6 == "connected" { delete wanted[$2 " " $3] }
+    END { for (each in wanted) print each }'
 }
 
-while read -r guest export tag frontend; do
-  [ -z "$guest" ] || give "$guest" "$export" "$tag"
+pids=()
+while read -r guest export tag _; do
+  [ -n "$guest" ] || continue
+  give "$guest" "$export" "$tag" &
+  pids+=("$!")
 done <<<"$attach"
-while read -r guest export tag frontend; do
-  [ "$frontend" != kernel ] || connected "$guest" "$tag"
-done <<<"$attach"
+for pid in "${pids[@]}"; do
+  wait "$pid" || exit 3
+done
+[ -n "$attach" ] || exit 0
+for _ in $(seq 20); do
+  left=$(missing)
+  [ -n "$left" ] || exit 0
+  sleep 0.5
+done
+fail "a guest does not take its device (${left//$'\n'/, }): see xen9p status, and dmesg in the guest"

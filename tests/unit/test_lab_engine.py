@@ -195,6 +195,21 @@ def test_a_reset_brings_everything_back(room: Classroom) -> None:
 
 
 @needs_btrfs
+@pytest.mark.parametrize("left", ["sample.new", "sample.old"])
+def test_a_reset_that_was_cut_off_is_done_anew(room: Classroom, left: str) -> None:
+    made = room.lab()
+    made.start()
+    part = room.host() / "store" / "labs" / "ada" / "sample"
+    subprocess.run(["btrfs", "-q", "subvolume", "snapshot", part, part.with_name(left)], check=True)
+    (part / "own" / "more").write_text("x")
+    if left == "sample.old":
+        subprocess.run(["btrfs", "-q", "subvolume", "delete", part], check=True)
+    made.reset()
+    assert not (part / "own" / "more").exists()
+    assert [path.name for path in part.parent.iterdir()] == ["sample"]
+
+
+@needs_btrfs
 def test_what_a_reset_leaves_is_said(room: Classroom) -> None:
     """Somewhere that only `left` of lab.yml knows of."""
     lab = dataclasses.replace(SAMPLE, left={"host": 'ls "$ROOT/root"'})
@@ -441,6 +456,9 @@ def test_an_answer_of_another_student_is_told_to_the_instructor(room: Classroom)
     done = room.grade()
     assert done.score == 0
     assert done.notes == ["secret: the answer would be right for secret: bob"]
+    made = results.make(SAMPLE, room.student(), room.course, done)
+    assert "bob" in report.class_page([made], ["ada"], "Sample")
+    assert "bob" not in report.student_page(made)
     assert "bob" not in room.cli("check", "sample").stdout
     (room.work() / "answers").write_text("secret=somewhat-else-1\n")
     assert room.grade().notes == []

@@ -53,7 +53,7 @@ svg .quiet { fill: var(--soft); font-size: 13px; }
 
 
 def student_page(results: Results) -> str:
-    """One student's lab."""
+    """One student's lab, for the student: what is for the instructor alone is not on it."""
     who = results.get("full_name") or results["student"]
     parts = [
         f"<h1>{escape(results['title'])}</h1>",
@@ -66,7 +66,6 @@ def student_page(results: Results) -> str:
         "<th>to do</th></tr></thead><tbody>",
         *(_row(check) for check in results["checks"]),
         "</tbody></table></div>",
-        _notes(results),
         f'<p class="soft">Signed by the {escape(results["signed_by"])}. Points that count are those of now, or those '
         "that were once reached where the check says so, less what hints cost.</p>",
     ]
@@ -129,13 +128,6 @@ def _link(read: str) -> str:
     return f"<code>{escape(SITE + read)}</code>"
 
 
-def _notes(results: Results) -> str:
-    notes = results.get("instructor")
-    if not notes:
-        return ""
-    return "<h2>For the instructor</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
-
-
 def class_page(all_results: Sequence[Results], students: Sequence[str], title: str) -> str:
     """One lab of a class. *students*: all of them, also those of whom there are no results."""
     graded = [r for r in all_results if r["complete"]]
@@ -190,31 +182,28 @@ def _matrix(all_results: Sequence[Results]) -> str:
 
 
 def _stuck(all_results: Sequence[Results]) -> str:
-    """A bar for each check: how many have passed it, in part, not, and not come to it."""
+    """A bar for each check: how many have passed it, in part, not, and not come to it. Narrow, for phones."""
     checks = all_results[0]["checks"]
-    width, left, row = 700, 300, 34
+    width, row = 440, 58
     pieces = []
     for number, check in enumerate(checks):
-        y = number * row + 4
+        y = number * row
         statuses = [c["status"] for r in all_results for c in r["checks"] if c["name"] == check["name"]]
-        pieces.append(
-            f'<text x="{left - 12}" y="{y + 18}" class="end">{number + 1}. {escape(_cut(check["title"], 34))}</text>'
-        )
-        x = float(left)
+        pieces.append(f'<text x="0" y="{y + 18}">{number + 1}. {escape(_cut(check["title"], 50))}</text>')
+        x = 0.0
         for status in SIGNS:
             count = statuses.count(status)
             if count:
-                part = (width - left) * count / len(statuses)
+                part = width * count / len(statuses)
                 pieces.append(
                     f"<g><title>{escape(check['title'])}: {count} {WORDS[status]}</title>"
-                    f'<rect class="{status}" x="{x:.1f}" '
-                    f'y="{y}" width="{part - 2:.1f}" height="24" rx="3"/><text class="mark" x="{x + part / 2 - 1:.1f}" '
-                    f'y="{y + 17}">{count} {SIGNS[status]}</text></g>'
+                    f'<rect class="{status}" x="{x:.1f}" y="{y + 26}" width="{part - 2:.1f}" height="24" rx="3"/>'
+                    f'<text class="mark" x="{x + part / 2 - 1:.1f}" y="{y + 43}">{count} {SIGNS[status]}</text></g>'
                 )
                 x += part
-    height = len(checks) * row + 4
+    box = f'viewBox="0 0 {width} {len(checks) * row}" style="max-width:34rem"'
     label = "For each check, how many students have passed it"
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(pieces)}</svg>'
+    return f'<svg {box} role="img" aria-label="{label}">{"".join(pieces)}</svg>'
 
 
 def _cut(text: str, length: int) -> str:

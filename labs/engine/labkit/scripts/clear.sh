@@ -33,6 +33,10 @@ for d in json.load(sys.stdin)["devices"]:
     wait "$pid" || fail "a guest does not let go of a device: unmount it there, see xen9p status"
   done
 fi
+# What an earlier reset that was cut off has left.
+for left in "$part.new" "$part.old"; do
+  [ ! -d "$left" ] || btrfs -q subvolume delete "$left" >/dev/null || fail "$left cannot be deleted"
+done
 # In place at once: whoever looks sees the old or the new.
 btrfs -q subvolume snapshot "$pristine" "$part.new" >/dev/null || fail "the start cannot be brought back: is the store full?"
 if [ -d "$part" ]; then

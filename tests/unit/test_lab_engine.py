@@ -600,7 +600,9 @@ def test_six_students_on_two_hosts(room: Classroom, tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = room.cli("start", "sample", "--all", student=None)
     assert said.returncode == 0
-    assert said.stdout.count("started") + said.stdout.count("begin with") == len(NAMES), said.stdout
+    assert [line.split(": ", 1)[1] for line in said.stdout.splitlines()] == ["started"] * len(NAMES)
+    again = room.cli("start", "sample", "--all", student=None)
+    assert [line.split(": ", 1)[1] for line in again.stdout.splitlines()] == ["goes on where you left it"] * len(NAMES)
     for name in ("ada", "eve"):
         room.follow("solution/steps.md", name)
     room.guest("finn").rename(room.guest("finn").with_name("off"))
@@ -641,6 +643,15 @@ def test_pages_load_nothing_and_escape_what_students_write(room: Classroom) -> N
         assert not re.search(r"(?:src|href)=|url\(|@import|https?:", page)
         assert "prefers-color-scheme: dark" in page
     assert "&lt;script&gt;" in report.student_page(made)
+
+
+@needs_btrfs
+def test_where_to_read_on_is_a_link_to_the_site(room: Classroom) -> None:
+    room.lab().start()
+    at = "https://labs.example.org/"
+    made = results.make(SAMPLE, room.student(), dataclasses.replace(room.course, site=at), room.grade())
+    assert f'href="{at}getting-started.html#files-from-both-sides"' in report.student_page(made)
+    assert "docs/getting-started.md#files-from-both-sides" in room.cli("check", "sample").stdout
 
 
 def test_cells_are_no_formulas() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -27,11 +29,12 @@ from labkit.spec import Lab
 from labkit.transport import connect, places
 from xen9p.errors import Xen9pError, describe
 
-SITE: Final = "the site (.venv/bin/mkdocs serve)"
+LOCAL_SITE: Final = "http://127.0.0.1:8000"
 RESULTS: Final = courses.STATE / "results"
 EXIT_NOT_YET: Final = 1
 EXIT_COULD_NOT_LOOK: Final = 69  # EX_UNAVAILABLE
 _AT_ONCE: Final = 8
+_TELLING: Final = re.compile(r"^started$|^goes on|^reset in|no longer on|^[\d.]+ of \d+ points|points are undecided")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -158,7 +161,7 @@ def _start(options: argparse.Namespace) -> int:
     if options.all:
         return _everybody(options, ["start", options.lab, *(["--forget"] if options.forget else [])])
     lab = spec.load(options.lab)
-    _, student = _who(options)
+    course, student = _who(options)
     system = connect(student)
     print(f"{lab.title}, for {student.name}", flush=True)
     if options.forget:
@@ -166,7 +169,10 @@ def _start(options: argparse.Namespace) -> int:
     first = Setup(lab, student, system, _say).start()
     print("started" if first else "goes on where you left it")
     there = places(student)
-    print(f"Read {SITE}: labs/{lab.name}. On {', '.join(there.values())}, begin with: . lab-values {lab.name}")
+    print(
+        f"Read {report.where(f'labs/{lab.name}.md', course.site or LOCAL_SITE)} (.venv/bin/mkdocs serve shows the site)"
+    )
+    print(f"On {', '.join(there.values())} begin with: . lab-values {lab.name}")
     return 0
 
 
@@ -197,11 +203,13 @@ def _check(options: argparse.Namespace) -> int:
     if options.check is not None:
         lab.check(options.check)
     print(f"{lab.title}, for {student.name}", flush=True)
-    done = grading.grade(lab, student, connect(student), course=course, only=options.check, say=_outcome)
+    done = grading.grade(
+        lab, student, connect(student), course=course, only=options.check, say=partial(_outcome, site=course.site)
+    )
     return _summary(lab, done, partly=options.check is not None)
 
 
-def _outcome(outcome: Outcome) -> None:
+def _outcome(outcome: Outcome, site: str = "") -> None:
     """One check for people, as soon as it is known."""
     points = f"{outcome.points:g} of {outcome.possible}"
     print(f" {SIGNS[outcome.status]} {outcome.title:<52} {points:>10}", flush=True)
@@ -215,7 +223,7 @@ def _outcome(outcome: Outcome) -> None:
         case "failed" | "partial":
             print(f"     expected: {outcome.expected}")
             print(f"     found:    {outcome.found}")
-            print(f"     read on:  {outcome.read}")
+            print(f"     read on:  {report.where(outcome.read, site)}")
 
 
 def _summary(lab: Lab, done: grading.Graded, *, partly: bool) -> int:
@@ -233,7 +241,7 @@ def _summary(lab: Lab, done: grading.Graded, *, partly: bool) -> int:
 
 def _hint(options: argparse.Namespace) -> int:
     lab = spec.load(options.lab)
-    _, student = _who(options)
+    course, student = _who(options)
     check = lab.check(options.check)
     system = connect(student)
     with state.held(system, student, lab.name, seconds=60):
@@ -243,7 +251,7 @@ def _hint(options: argparse.Namespace) -> int:
             print(f"{number}. {old.text}")
         if taken >= len(check.hints):
             print("There are no more hints for it." if check.hints else "There are no hints for it.")
-            print(f"Read on: {check.read}")
+            print(f"Read on: {report.where(check.read, course.site)}")
             return 0
         new = check.hints[taken]
         if new.cost and not options.yes:
@@ -263,7 +271,7 @@ def _grade(options: argparse.Namespace) -> int:
     lab = spec.load(options.lab)
     course, student = _who(options)
     print(f"{lab.title}, for {student.name}", flush=True)
-    done = grading.grade(lab, student, connect(student), course=course, say=_outcome)
+    done = grading.grade(lab, student, connect(student), course=course, say=partial(_outcome, site=course.site))
     made = results.make(lab, student, course, done)
     folder: Path = options.out / lab.name
     results.write(folder / f"{student.name}.json", results.dump(made))
@@ -301,9 +309,7 @@ def _everybody(options: argparse.Namespace, command: list[str]) -> int:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for number, future in enumerate(as_completed([pool.submit(one, s) for s in students]), 1):
             student, done = future.result()
-            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            lines = [line for line in done.stdout.splitlines() if line.endswith(" points") or "points," in line]
-            last = (lines or said or ["nothing"])[-1].removeprefix("lab: error: ")
+            last = _last(done)
             print(f"[{number}/{len(students)}, {time.monotonic() - began:.0f} s] {student.name}: {last}", flush=True)
             worst = max(worst, done.returncode)
             if done.returncode:
@@ -311,6 +317,15 @@ def _everybody(options: argparse.Namespace, command: list[str]) -> int:
     if failed:
         print(f"lab: error: {len(failed)} of {len(students)} students: {failed[0]}", file=sys.stderr)
     return worst
+
+
+def _last(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that says how it went for a student."""
+    if done.stderr.strip():
+        return done.stderr.strip().splitlines()[-1].removeprefix("lab: error: ")
+    lines = done.stdout.splitlines()
+    telling = [line for line in lines if _TELLING.search(line)]
+    return (telling or lines or ["nothing"])[-1]
 
 
 def _write_class(course: Course, lab: Lab, out: Path) -> None:

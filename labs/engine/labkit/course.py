@@ -59,6 +59,7 @@ class Course:
     name: str
     seed: bytes | None
     students: tuple[Student, ...]
+    site: str = ""
 
     def student(self, name: str | None) -> Student:
         """The student of that name; without a name the only one there is."""
@@ -110,7 +111,7 @@ def from_document(document: Mapping[str, Any]) -> Course:
         )
         for s in document["students"]
     )
-    return Course(document["course"], seed, students)
+    return Course(document["course"], seed, students, document.get("site", ""))
 
 
 def _host(name: str, about: Mapping[str, Any]) -> Host:
@@ -198,7 +199,9 @@ def handout(course: Course, name: str) -> dict[str, Any]:
     student = course.student(name)
     about: dict[str, Any] = {"name": student.name, "host": "host", "guests": ["g1", "g2"], "key": student.key.hex()}
     about |= {k: v for k, v in (("full_name", student.full_name), ("id", student.id), ("email", student.email)) if v}
-    return {"course": course.name, "hosts": {"host": {"ssh_config": ".lab/lab/ssh_config"}}, "students": [about]}
+    site = {"site": course.site} if course.site else {}
+    hosts = {"host": {"ssh_config": ".lab/lab/ssh_config"}}
+    return {"course": course.name, **site, "hosts": hosts, "students": [about]}
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:

@@ -88,6 +88,9 @@ class Terminal:
             cwd=REPOSITORY,
             start_new_session=True,
         )
+        # Over ssh the two are different streams, and what comes first is not seen first.
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"exec 2>&1\n")
 
     def type(self, commands: str, seconds: float = _SECONDS) -> tuple[bool, bool, str]:
         """Runs commands; whether all of them and whether the last one worked, and what they printed."""

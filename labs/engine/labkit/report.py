@@ -27,7 +27,7 @@ WORDS: Final = {
     "unreachable": "could not look",
     "error": "the check broke",
 }
-SITE: Final = "docs/"
+_DOCS: Final = "docs/"
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --text: #1b2733; --soft: #5a6b7b; --page: #fff; --line: #d5dce4; --link: #1d5fa8;
@@ -64,7 +64,7 @@ def student_page(results: Results) -> str:
         '<div class="wide"><table><thead><tr><th>check</th><th>now</th><th class="number">points now</th>'
         '<th class="number">once</th><th class="number">hints</th><th class="number">counted</th>'
         "<th>to do</th></tr></thead><tbody>",
-        *(_row(check) for check in results["checks"]),
+        *(_row(check, results.get("site", "")) for check in results["checks"]),
         "</tbody></table></div>",
         f'<p class="soft">Signed by the {escape(results["signed_by"])}. Points that count are those of now, or those '
         "that were once reached where the check says so, less what hints cost.</p>",
@@ -101,7 +101,7 @@ def _bar(results: Results) -> str:
     return f'<svg viewBox="0 0 {width:.0f} 58" role="img" aria-label="{label}">{"".join(pieces)}</svg>'
 
 
-def _row(check: Mapping[str, Any]) -> str:
+def _row(check: Mapping[str, Any], site: str) -> str:
     status = check["status"]
     todo = ""
     if status == "not_tried":
@@ -111,7 +111,7 @@ def _row(check: Mapping[str, Any]) -> str:
         todo = "<br>".join(
             [f"expected: {escape(expected)}"] * bool(expected)
             + [f"found: {escape(found)}"] * bool(found)
-            + [f"read on: {_link(check['read'])}"]
+            + [f"read on: {_link(check['read'], site)}"]
         )
     cost = f"-{check['hint_cost']:g}" if check["hint_cost"] else ""
     return (
@@ -123,9 +123,15 @@ def _row(check: Mapping[str, Any]) -> str:
     )
 
 
-def _link(read: str) -> str:
-    """The page's name. A report is a file by itself and does not know where the site is."""
-    return f"<code>{escape(SITE + read)}</code>"
+def where(read: str, site: str) -> str:
+    """Where to read on: an address of the course's site, or the page in the repository."""
+    page, hash_, anchor = read.partition("#")
+    return f"{site.rstrip('/')}/{page.removesuffix('.md')}.html{hash_}{anchor}" if site else _DOCS + read
+
+
+def _link(read: str, site: str) -> str:
+    text = escape(where(read, site))
+    return f'<a href="{text}">{escape(read)}</a>' if site else f"<code>{text}</code>"
 
 
 def class_page(all_results: Sequence[Results], students: Sequence[str], title: str) -> str:

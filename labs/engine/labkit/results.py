@@ -31,6 +31,7 @@ def make(lab: Lab, student: Student, course: Course, graded: Graded) -> Results:
     document: Results = {
         "version": VERSION,
         "course": course.name,
+        **({"site": course.site} if course.site else {}),
         "lab": lab.name,
         "title": lab.title,
         "student": student.name,

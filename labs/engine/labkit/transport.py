@@ -7,6 +7,7 @@ machine is kept open: a script then costs a fraction of a second, so what belong
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -22,13 +23,16 @@ from labkit.errors import LabError, TooSlowError, UnreachableError
 
 HOST: Final = "host"
 PERSIST: Final = 600
-CONNECT: Final = 30.0
+CONNECT: Final = 90.0
+"""Seconds to connect: to a guest it takes two handshakes, under emulation."""
 OUTPUT_LIMIT: Final = 4 << 20
 """Bytes of output that are kept: a student's machine says what it likes, and the controller's memory is not theirs."""
 _SSH_FAILED: Final = 255
 # All of the script is read before any of it runs, so that no command of it takes the rest as its input; by eval, as an
-# argument has 128 KiB at the most. ssh keeps 255 for itself.
-_WRAPPED: Final = """bash -c 'eval "$(cat)"'; r=$?; test $r -ne 255 || r=254; exit $r"""
+# argument has 128 KiB at the most. ssh keeps 255 for itself. Where nobody waits any more it ends by itself.
+_WRAPPED: Final = """timeout -s KILL {seconds} bash -c 'eval "$(cat)"'; r=$?; test $r -ne 255 || r=254; exit $r"""
+_AFTER: Final = 2
+"""Seconds after which it does so, when we have given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,10 @@ def places(student: Student) -> dict[str, str]:
 def connect(student: Student) -> System:
     """The machines of a student."""
     return LocalSystem(student) if student.host.local else SshSystem(student)
+
+
+def _wrapped(seconds: float) -> str:
+    return _WRAPPED.format(seconds=math.ceil(seconds) + _AFTER)
 
 
 def _execute(
@@ -157,7 +165,7 @@ class SshSystem(_Named):
     def run(self, place: str, script: str, seconds: float = 60.0) -> Done:
         """Runs a script there."""
         try:
-            done = _execute([*self._ssh(place), _WRAPPED], script, seconds)
+            done = _execute([*self._ssh(place), _wrapped(seconds)], script, seconds)
         except TooSlowError as error:
             raise TooSlowError(f"{self.name(place)}: {error.message}") from None
         except FileNotFoundError:
@@ -230,7 +238,7 @@ class LocalSystem(_Named):
         """Runs a script here."""
         try:
             env = self._environment(place)
-            return _execute(["sh", "-c", _WRAPPED], script, seconds, env, self.directory(place))
+            return _execute(["sh", "-c", _wrapped(seconds)], script, seconds, env, self.directory(place))
         except TooSlowError as error:
             raise TooSlowError(f"{self.name(place)}: {error.message}") from None
 

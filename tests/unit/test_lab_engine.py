@@ -13,6 +13,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,31 @@ def test_machines_that_are_off(room: Classroom) -> None:
 
 
 @needs_btrfs
+def test_a_full_disk_costs_no_points(room: Classroom) -> None:
+    big = dataclasses.replace(SAMPLE, store_size=1 << 20)
+    with pytest.raises(LabError, match=r"MiB free, this lab needs 1048576"):
+        room.lab(lab=big).start()
+    kept = room.host() / "var"
+    kept.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", kept], check=True)
+    try:
+        room.lab().start()
+        room.follow("solution/steps.md")
+        assert room.grade().score == 100
+        with suppress(OSError), (kept / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        said = room.cli("check", "sample")
+        assert said.returncode == 1
+        assert len(said.stderr.splitlines()) == 1, said.stderr
+        assert "full" in said.stderr or "No space left" in said.stderr
+        (kept / "filler").unlink()
+        assert room.grade().kept.achieved.keys() == {"secret", "copied", "touched"}
+    finally:
+        subprocess.run(["umount", "-l", kept], check=True)
+
+
+@needs_btrfs
 def test_a_broken_answers_file_is_no_wrong_answer(room: Classroom) -> None:
     room.lab().start()
     (room.work() / "answers").write_bytes(b"what is this\n")
@@ -641,6 +667,56 @@ def test_six_students_on_two_hosts(room: Classroom, tmp_path: Path) -> None:
     page = (out / "sample/class.html").read_text()
     for name in NAMES:
         assert name in page
+
+
+def play(playbook: str, inventory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs a playbook of the repository."""
+    command = [str(ROOT / ".venv/bin/ansible-playbook"), "-i", str(inventory), f"playbooks/{playbook}.yml", *words]
+    env = {**os.environ, "XEN9P_LABS": str(SAMPLES), "ANSIBLE_FORCE_COLOR": "false"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+
+
+@needs_btrfs
+def test_the_playbooks_start_grade_and_reset_a_class(room: Classroom, tmp_path: Path) -> None:
+    inventory = tmp_path / "inventory" / "hosts.yml"
+    inventory.parent.mkdir()
+    hosts = {}
+    for host in ("north", "south"):
+        mine = [s for s in room.course.students if s.host.name == host]
+        hosts[host] = {
+            "lab_local": str(tmp_path / host),
+            "store_mount": "/store",
+            "guest_guests": [{"name": s.guests[0], "address": f"10.9.0.{n}"} for n, s in enumerate(mine, 11)],
+            "lab_students": [{"name": s.name, "guests": list(s.guests)} for s in mine],
+        }
+    common = {"lab_dir": str(tmp_path / "labs"), "lab_seed_file": str(tmp_path / "seed"), "lab_course": "os"}
+    inventory.write_text(json.dumps({"all": {"vars": common, "children": {"xen_hosts": {"hosts": hosts}}}}))
+
+    first = play("lab", inventory, "-e", "lab=sample")
+    assert first.returncode == 0, first.stdout
+    again = play("lab", inventory, "-e", "lab=sample")
+    assert re.findall(r"^(?:north|south) .* changed=(\d)", again.stdout, re.M) == ["0", "0"], again.stdout
+    seed = (tmp_path / "seed").read_text()
+    room.course = courses.load(tmp_path / "labs" / "course.yml")
+    room.follow("solution/steps.md", "eve")
+    graded = play("grade", inventory, "-e", "lab=sample")
+    assert graded.returncode == 0, graded.stdout
+    folder = tmp_path / "labs" / "results" / "sample"
+    scores = {name: results.read(folder / f"{name}.json", room.course)["score"] for name in NAMES}
+    assert scores == {**dict.fromkeys(NAMES, 0), "eve": 100}
+    assert (folder / "class.html").exists()
+    reset = play("reset", inventory, "-e", "lab=sample")
+    assert reset.returncode == 0, reset.stdout
+    assert statuses(room.grade("eve")) == {"secret": "failed", "copied": "not_tried", "touched": "failed"}
+    assert (tmp_path / "seed").read_text() == seed
+
+    for words, says in (
+        (["-e", "lab=nothing"], "there is no lab nothing"),
+        ([], "lab_name is missing"),
+    ):
+        said = play("lab", inventory, *words)
+        assert said.returncode != 0
+        assert says in said.stdout
 
 
 @needs_btrfs

@@ -710,14 +710,6 @@ def test_the_playbooks_start_grade_and_reset_a_class(room: Classroom, tmp_path: 
     assert statuses(room.grade("eve")) == {"secret": "failed", "copied": "not_tried", "touched": "failed"}
     assert (tmp_path / "seed").read_text() == seed
 
-    for words, says in (
-        (["-e", "lab=nothing"], "there is no lab nothing"),
-        ([], "lab_name is missing"),
-    ):
-        said = play("lab", inventory, *words)
-        assert said.returncode != 0
-        assert says in said.stdout
-
 
 @needs_btrfs
 def test_pages_load_nothing_and_escape_what_students_write(room: Classroom) -> None:

@@ -19,7 +19,7 @@ import yaml
 
 from labkit import course as courses
 from labkit import grade as grading
-from labkit import lint, report, results, scaffold, spec, state
+from labkit import report, results, spec, state
 from labkit.course import Course, Student
 from labkit.errors import LabError
 from labkit.grade import Outcome
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     add = _adder(commands)
-    add("list", _list, "which labs there are, and how far you are")
+    add("list", _list, "which labs there are")
     start = add("start", _start, "start a lab, or go on with it", lab=True, everybody=True)
     start.add_argument(
         "--forget", action="store_true", help="begin anew: forget what was made, once achieved, and hints taken"
@@ -424,12 +424,16 @@ def _write_course(options: argparse.Namespace) -> int:
 
 
 def _new(options: argparse.Namespace) -> int:
+    from labkit import scaffold  # only authors want it
+
     folder = scaffold.make(options.name)
     print(f"made {folder}: fill it, and run: lab lint {options.name}")
     return 0
 
 
 def _lint(options: argparse.Namespace) -> int:
+    from labkit import lint  # only authors want it, and all that it imports
+
     problems = 0
     for name in options.labs or spec.names():
         found = lint.problems(name)

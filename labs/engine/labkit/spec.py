@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-import jsonschema
 import yaml
 
 from labkit.errors import LabError, SpecError
@@ -173,6 +172,8 @@ def schema(name: str) -> dict[str, Any]:
 
 def schema_problems(document: Any, name: str) -> list[str]:
     """What a document has that its schema does not allow, a line each."""
+    import jsonschema  # a third of the command's start
+
     validator = jsonschema.Draft202012Validator(schema(name))
     errors = sorted(validator.iter_errors(document), key=lambda e: [str(part) for part in e.absolute_path])
     return [f"{_where(error.absolute_path)}{error.message}" for error in errors]

@@ -856,6 +856,21 @@ def test_the_ssh_config_of_a_classroom(tmp_path: Path, monkeypatch: pytest.Monke
     assert "proxyjump bench1" in asked
 
 
+def test_hosts_whose_guests_have_the_same_address_share_no_connection(tmp_path: Path) -> None:
+    (tmp_path / "ssh_config").write_text("Host g1\n")
+    made = []
+    for name in ("north", "south"):
+        host = courses.Host(name, ssh_config=str(tmp_path / "ssh_config"))
+        made.append(transport.SshSystem(Student("ada", host, ("g1",), b"k", alone=True)).shell("guest"))
+    paths = [next(word for word in command if word.startswith("ControlPath=")) for command in made]
+    assert paths[0] != paths[1]
+
+
+def test_a_machine_that_never_stops_talking_is_cut_off() -> None:
+    with pytest.raises(LabError, match=f"it says more than {transport.OUTPUT_LIMIT} bytes"):
+        transport._execute(transport.bounded(["sh", "-c", "exec yes"]), "", 60)
+
+
 def test_a_script_keeps_its_code_and_reads_no_script(tmp_path: Path) -> None:
     (tmp_path / "host").mkdir()
     host = courses.Host("h", local=str(tmp_path))

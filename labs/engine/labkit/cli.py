@@ -233,6 +233,8 @@ def _summary(lab: Lab, done: grading.Graded, *, partly: bool) -> int:
     costs = sum(o.hint_cost for o in done.outcomes)
     of = f" of {lab.points}" if not partly else ""
     print(f"{done.score:g}{of} points{f', hints have cost {costs}' if costs else ''}")
+    if done.kept.manifest is None:
+        print(f"This lab has not been started here: ./lab start {lab.name}")
     if done.undecided:
         print(f"{done.undecided} points are undecided: something could not be looked at. None of them is lost.")
         return EXIT_COULD_NOT_LOOK

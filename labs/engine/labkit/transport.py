@@ -15,11 +15,12 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Final, Protocol
 
 from labkit.course import REPOSITORY, STATE, Host, Student
-from labkit.errors import LabError, TooSlowError, UnreachableError
+from labkit.errors import CouldNotLookError, LabError, TooSlowError, UnreachableError
 
 HOST: Final = "host"
 PERSIST: Final = 600
@@ -88,6 +89,11 @@ def _wrapped(seconds: float) -> str:
     return _WRAPPED.format(seconds=math.ceil(seconds) + _AFTER)
 
 
+def bounded(command: Sequence[str]) -> list[str]:
+    """A command that may write OUTPUT_LIMIT bytes to a file, its output among them."""
+    return ["prlimit", f"--fsize={OUTPUT_LIMIT}", *command]
+
+
 def _execute(
     command: Sequence[str],
     script: str,
@@ -95,10 +101,21 @@ def _execute(
     env: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> Done:
-    """Runs a command with *script* as its input; its whole process group ends with the time."""
+    """Runs a command with *script* as its input; its whole process group ends with the time.
+
+    Raises:
+        TooSlowError: it did not end within *seconds*.
+        CouldNotLookError: it wrote more than it may; see bounded().
+    """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=err, env=env, cwd=folder, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=err,
+            env=env,
+            cwd=folder,
+            start_new_session=True,
         )
         try:
             process.communicate(script.encode(), timeout=seconds)
@@ -109,6 +126,8 @@ def _execute(
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        if process.returncode == -signal.SIGXFSZ:
+            raise CouldNotLookError(f"it says more than {OUTPUT_LIMIT} bytes")
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -139,10 +158,13 @@ class SshSystem(_Named):
         super().__init__(student)
         self._config = _config(student.host)
         # A Unix socket's path has 108 bytes at the most, so not below the repository.
-        self._control = Path(tempfile.gettempdir()) / f"xen9p-labs-{os.getuid()}"
+        mine = Path(tempfile.gettempdir()) / f"xen9p-labs-{os.getuid()}"
+        mine.mkdir(mode=0o700, exist_ok=True)
+        if mine.stat().st_uid != os.getuid():
+            raise LabError(f"{mine} is another user's", "set TMPDIR to a directory of your own")
+        # Guests of two hosts may have the same name and address: each host has a place of its own.
+        self._control = mine / sha256(f"{self._config}\0{student.host.name}".encode()).hexdigest()[:8]
         self._control.mkdir(mode=0o700, exist_ok=True)
-        if self._control.stat().st_uid != os.getuid():
-            raise LabError(f"{self._control} is another user's", "set TMPDIR to a directory of your own")
 
     def _ssh(self, place: str) -> list[str]:
         return [
@@ -165,7 +187,7 @@ class SshSystem(_Named):
     def run(self, place: str, script: str, seconds: float = 60.0) -> Done:
         """Runs a script there."""
         try:
-            done = _execute([*self._ssh(place), _wrapped(seconds)], script, seconds)
+            done = _execute(bounded([*self._ssh(place), _wrapped(seconds)]), script, seconds)
         except TooSlowError as error:
             raise TooSlowError(f"{self.name(place)}: {error.message}") from None
         except FileNotFoundError:

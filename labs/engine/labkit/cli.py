@@ -21,7 +21,7 @@ from labkit import course as courses
 from labkit import grade as grading
 from labkit import report, results, spec, state
 from labkit.course import Course, Student
-from labkit.errors import LabError
+from labkit.errors import CouldNotLookError, LabError
 from labkit.grade import Outcome
 from labkit.report import SIGNS
 from labkit.setup import Setup
@@ -32,7 +32,7 @@ from xen9p.errors import Xen9pError, describe
 LOCAL_SITE: Final = "http://127.0.0.1:8000"
 RESULTS: Final = courses.STATE / "results"
 EXIT_NOT_YET: Final = 1
-EXIT_COULD_NOT_LOOK: Final = 69  # EX_UNAVAILABLE
+EXIT_COULD_NOT_LOOK: Final = CouldNotLookError.exit_code
 _AT_ONCE: Final = 8
 _TELLING: Final = re.compile(r"^started$|^goes on|^reset in|no longer on|^[\d.]+ of \d+ points|points are undecided")
 

@@ -24,6 +24,8 @@ class BusyError(LabError):
 class CouldNotLookError(LabError):
     """The system or a file of the student could not be looked at, so nothing can be said about the work in it."""
 
+    exit_code = 69  # EX_UNAVAILABLE of sysexits.h
+
 
 class UnreachableError(CouldNotLookError):
     """A machine does not answer."""

@@ -21,6 +21,7 @@ BIN = Path(sys.executable).parent
 HEARTBEAT = 10.0
 FUZZ_SECONDS = "5"
 PACKAGE = "xen9p-src/tests"
+LABS = "tests/unit/test_lab_engine.py"
 # Those that make filesystems and mounts: half of the package's time, so they run beside the others.
 STORE = [
     f"{PACKAGE}/test_{n}.py"
@@ -63,7 +64,8 @@ def checks() -> list[Step]:
         # Apart, so that they share the processors.
         Step("package tests", [*pytest, "--junit-xml=junit-package.xml", PACKAGE, *(f"--ignore={p}" for p in STORE)]),
         Step("store tests", [*pytest, "--junit-xml=junit-store.xml", *STORE]),
-        Step("unit tests", [*pytest, "--junit-xml=junit-unit.xml", "tests/unit"]),
+        Step("unit tests", [*pytest, "--junit-xml=junit-unit.xml", "tests/unit", f"--ignore={LABS}"]),
+        Step("lab tests", [*pytest, "--junit-xml=junit-labs.xml", LABS]),
         Step("fuzz", [sys.executable, str(ROOT / "tools" / "fuzzing.py"), "--seconds", FUZZ_SECONDS]),
         Step("ansible-lint", [tool("ansible-lint"), "-q", "--offline"]),
         Step("mypy", [tool("mypy")]),

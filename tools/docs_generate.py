@@ -20,8 +20,10 @@ from typing import Any
 
 import yaml
 
-ROLES = ("testbed", "xen_host", "store", "xen9p", "guest")
-COMMANDS = (("xen9p", "xen9p.cli"), ("xen9pd", "xen9p.daemon"))
+import docs_labs
+
+ROLES = ("testbed", "xen_host", "store", "xen9p", "guest", "lab")
+COMMANDS = (("xen9p", "xen9p.cli"), ("xen9pd", "xen9p.daemon"), ("lab", "labkit.cli"))
 PACKAGE = Path("xen9p-src/src/xen9p")
 LONG_LIST = 4  # a default with more elements folds up
 
@@ -318,5 +320,6 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "reference/variables.md": variables,
     "reference/commands.md": commands,
     "reference/messages.md": messages,
+    **docs_labs.guides(Path(__file__).resolve().parents[1]),
 }
 """Path below docs/ to the function that makes the page."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import docs_generate
+import docs_labs
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = "<!-- times -->"
@@ -14,7 +15,10 @@ _IMAGE = re.compile(r'<p><img alt="([^"]*)" src="[^"]*assets/([a-z-]+)\.svg" /><
 
 
 def on_config(config: Any) -> Any:
-    """Add the published results of benchmarks to the navigation, if there are any."""
+    """Add the labs' guides to the navigation, and the published results of benchmarks, if there are any."""
+    for entry in config.nav:
+        if isinstance(entry, dict) and "Labs" in entry:
+            entry["Labs"][1:1] = list(docs_labs.guides(ROOT))
     pages = [f"results/{path.name}" for path in sorted((ROOT / "docs" / "results").glob("*.md"))]
     if pages and all(isinstance(entry, dict) for entry in config.nav):
         titles = [next(iter(entry)) for entry in config.nav]
@@ -32,7 +36,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the README's table of times where a page asks for it."""
+    """Put the README's table of times, and those of the labs, where a page asks for them."""
+    markdown = docs_labs.marked(markdown, ROOT)
     return markdown.replace(TIMES, times(ROOT)) if TIMES in markdown else markdown
 
 

@@ -46,6 +46,18 @@ def test_every_page_is_there(site: Path, generate: ModuleType) -> None:
         assert (site / page).with_suffix(".html").is_file()
 
 
+def test_guides_are_there_and_solutions_are_not(site: Path) -> None:
+    text = "\n".join(page.read_text() for page in (site / "labs").glob("*.html"))
+    index = (site / "search" / "search_index.json").read_text()
+    for lab in ROOT.glob("labs/*/lab.yml"):
+        assert (site / "labs" / f"{lab.parent.name}.html").is_file()
+        for path in (lab.parent / "solution").rglob("*.md"):
+            for line in path.read_text().splitlines():
+                # What the guide prints may stand in the solution, too.
+                if len(line) > 40 and line not in (lab.parent / "guide.md").read_text():
+                    assert line not in text + index, f"{path} is on the site: {line}"
+
+
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     """Scripts, styles, fonts and pictures are local: the site works without a network."""
     pattern = re.compile(r"""<(?:script|img|iframe)[^>]*\ssrc="?(https?:)?//|<link[^>]*\shref="?(https?:)?//""")

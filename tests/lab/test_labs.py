@@ -1,0 +1,109 @@
+"""Every lab on the host that stands: untouched it scores 0, solved 100, and each wrong turn what lab.yml says.
+
+Its guide runs as it is printed, and a reset brings the start back. Which labs: XEN9P_LABS_TRIED, names with commas
+between; all of them by default. The student is the test's own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lab import GUESTS, STATE, Dom0
+from labkit import course, grade, guide, setup, spec, state, transport
+from labkit.grade import Graded
+from labkit.spec import Wrong
+
+LABS = [name for name in os.environ.get("XEN9P_LABS_TRIED", "").split(",") if name] or spec.names()
+COURSE = course.from_document(
+    {
+        "course": "tests",
+        "seed": "7e" * 32,
+        "hosts": {"host": {"ssh_config": str(STATE / "ssh_config")}},
+        "students": [{"name": "tester", "host": "host", "guests": list(GUESTS)}],
+    }
+)
+STUDENT = COURSE.student(None)
+WRONG = [(name, wrong) for name in LABS for wrong in spec.load(name).wrong]
+
+
+class Tried:
+    """A lab on the host."""
+
+    def __init__(self, name: str) -> None:
+        self.lab = spec.load(name)
+        self.system = transport.connect(STUDENT)
+        self.setup = setup.Setup(self.lab, STUDENT, self.system, print)
+
+    def fresh(self) -> None:
+        """At its start, with nothing remembered: what is there of it is cleared."""
+        state.forget(self.system, STUDENT, self.lab.name)
+        began = time.monotonic()
+        self.setup.start()
+        print(f"started in {time.monotonic() - began:.1f} s")
+
+    def follow(self, path: str) -> None:
+        """Runs the commands of one of its texts."""
+        environment = {"student": STUDENT.name, "lab": self.lab.name}
+        guide.follow(self.lab.read(path), f"{self.lab.name}/{path}", self.system, environment, self._ran)
+
+    def _ran(self, ran: guide.Ran) -> None:
+        print(f"{ran.seconds:6.1f} s  {ran.block.place}: {ran.block.commands.splitlines()[0]}")
+
+    def grade(self) -> Graded:
+        """How it stands. What could not be looked at fails the test: every machine is on."""
+        began = time.monotonic()
+        done = grade.grade(self.lab, STUDENT, self.system, course=COURSE)
+        print(f"graded in {time.monotonic() - began:.1f} s: {done.score:g}")
+        for outcome in done.outcomes:
+            print(f"  {outcome.seconds:5.1f} s  {outcome.name}: {outcome.status}", outcome.expected, "/", outcome.found)
+        assert done.undecided == 0, [(o.name, o.status, o.found, o.trouble) for o in done.outcomes]
+        assert done.notes == []
+        return done
+
+
+@pytest.fixture(scope="module")
+def begun(dom0: Dom0) -> Iterator[dict[str, Tried]]:
+    """The labs that are on the host; none of them afterwards."""
+    found: dict[str, Tried] = {}
+    yield found
+    for one in found.values():
+        one.setup.end()
+
+
+@pytest.fixture
+def tried(request: pytest.FixtureRequest, begun: dict[str, Tried]) -> Tried:
+    """A lab at its start."""
+    one = begun.setdefault(request.param, Tried(request.param))
+    one.fresh()
+    return one
+
+
+EACH = pytest.mark.parametrize("tried", LABS, indirect=True)
+
+
+@EACH
+def test_untouched_it_scores_0_and_solved_100(tried: Tried) -> None:
+    assert tried.grade().score == 0
+    tried.follow("solution/steps.md")
+    assert tried.grade().score == 100
+    print(f"reset in {tried.setup.reset():.1f} s")  # which fails if anything of the solution is left
+    again = tried.grade()
+    assert sum(outcome.points for outcome in again.outcomes) == 0
+    assert all(o.achieved == o.possible for o in again.outcomes), "what was once achieved is remembered"
+
+
+@EACH
+def test_the_guide_runs_as_printed(tried: Tried) -> None:
+    tried.follow("guide.md")
+
+
+@pytest.mark.parametrize(("tried", "wrong"), WRONG, indirect=["tried"], ids=[f"{n}-{w.name}" for n, w in WRONG])
+def test_a_wrong_turn_scores_what_it_should(tried: Tried, wrong: Wrong) -> None:
+    if wrong.after == "solution":
+        tried.follow("solution/steps.md")
+    tried.follow(f"wrong/{wrong.name}.md")
+    assert tried.grade().score == wrong.score

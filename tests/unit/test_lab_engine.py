@@ -29,8 +29,8 @@ from labkit.look import Look, Verdict, failed, passed
 from labkit.setup import Setup
 from xen9p import policy
 
-btrfsloop: Any = importlib.import_module("btrfsloop")  # of the package's tests, which mypy checks apart
-MISSING: str = btrfsloop.MISSING
+loopmount: Any = importlib.import_module("loopmount")  # of the package's tests, which mypy checks apart
+MISSING: str = loopmount.MISSING
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = Path(__file__).resolve().parent / "sample_labs"
 SAMPLE = spec.load("sample", SAMPLES)
@@ -89,7 +89,7 @@ class Classroom:
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with btrfsloop.mounted(tmp_path_factory.mktemp("labs"), 256) as store:
+    with loopmount.mounted(tmp_path_factory.mktemp("labs"), mib=256) as store:
         yield store
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from btrfsloop import MISSING, mounted, subvolume
 
+from loopmount import MISSING, mounted, subvolume
 from test_streams import forget
 from xen9p import cli, page_cache, policy, prefetch
 from xen9p.caching import Caching
@@ -28,7 +28,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A golden tree with two clones, and a shared directory; nothing of them is in memory."""
-    with mounted(tmp_path_factory.mktemp("cache"), 300) as point:
+    with mounted(tmp_path_factory.mktemp("cache"), mib=300) as point:
         golden = subvolume(point / "golden")
         for name in ("lib", "other"):
             (golden / name).write_bytes(os.urandom(MIB))

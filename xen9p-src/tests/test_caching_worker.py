@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from btrfsloop import MISSING, mounted
 
 from confined import child
+from loopmount import MISSING, mounted
 from test_origin import OLD, trees  # noqa: F401  # a fixture
 from test_streams import forget, here
 from xen9p import prefetch, worker, zygote
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with mounted(tmp_path_factory.mktemp("worker"), 300) as point:
+    with mounted(tmp_path_factory.mktemp("worker"), mib=300) as point:
         yield point
 
 
@@ -195,12 +196,21 @@ def test_learning_anew_on_demand(
         client.read_file(root, b"usr/lib")
         time.sleep(1.5)  # its boot is over
         boss.send(do="learn")
-        until = time.monotonic() + 20
-        event: dict[str, Any] = {}
-        while not event and time.monotonic() < until:
-            for number in range(OWN):
-                client.read_file(root, b"own%d" % number)
+        # The order and the reads go different ways, so they go on until it has come.
+        over = threading.Event()
+
+        def read() -> None:
+            while not over.wait(0.05):
+                for number in range(OWN):
+                    client.read_file(root, b"own%d" % number)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
             event = boss.until("learned")
+        finally:
+            over.set()
+            reader.join()
     known = prefetch.parse(event["profile"])
     assert {b"own%d" % number for number in range(OWN)} <= set(known.files)
     assert b"usr/lib" not in known.files

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from btrfsloop import MISSING, mounted, subvolume
 
 from confined import child
+from loopmount import MISSING, mounted, subvolume
 from serving import Served, Session
 from test_streams import forget, here
 from xen9p import sandbox, server, worker
@@ -34,7 +34,7 @@ NEW = b"n" * 70_000
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with mounted(tmp_path_factory.mktemp("origin"), 400) as point:
+    with mounted(tmp_path_factory.mktemp("origin"), mib=400) as point:
         yield point
 
 

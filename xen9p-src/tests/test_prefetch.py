@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from btrfsloop import MISSING, mounted
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loopmount import MISSING, mounted
 from serving import Served, Session
 from test_streams import forget, here
 from xen9p import cache_policy, prefetch
@@ -247,7 +247,7 @@ def test_a_budget_comes_back_slowly() -> None:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if MISSING:
         pytest.skip(MISSING)
-    with mounted(tmp_path_factory.mktemp("prefetch"), 300) as point:
+    with mounted(tmp_path_factory.mktemp("prefetch"), mib=300) as point:
         yield point
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from btrfsloop import MISSING, mounted
 
+from loopmount import MISSING, mounted
 from serving import OPENERS, Session, memory_session
 from xen9p import page_cache
 from xen9p.dataplane import Limits
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with mounted(tmp_path_factory.mktemp("streams"), 900) as point:
+    with mounted(tmp_path_factory.mktemp("streams"), mib=900) as point:
         yield point
 
 

@@ -92,6 +92,7 @@ def page(run: Mapping[str, Any], found: Sequence[Result], name: str) -> str:
                 "one processor; over 9P a btrfs snapshot, as a block device an ext4 image on the same btrfs through a",
                 f"loop device and blkback. {item.sides['ours'].count} starts each, in turn, each from a fresh copy,",
                 "dom0's page cache emptied. Timed in dom0 from the start of `xl create` to the banner of sshd.",
+                *_how_learned(settings),
                 "",
             ]
     lines += ["## Bars", "", *(f"- {_sentence(line)}" for line in verdicts(found)), "", "## Machine", ""]
@@ -192,6 +193,15 @@ def _how_files(run: Mapping[str, Any], files: Sequence[Result]) -> list[str]:
             f"; the supervisor, one for all guests, {_mib(memory['supervisor'])}." if "supervisor" in memory else "."
         )
     return said
+
+
+def _how_learned(settings: Mapping[str, Any]) -> list[str]:
+    if not (settings.get("root_cache") or {}).get("prefetch"):
+        return []
+    return [
+        "What the first start from 9P reads is learned, and read ahead of in the later ones, as for all guests that",
+        "roles/guest makes (see [Caching](../caching.md#boots)).",
+    ]
 
 
 def _mib(kib: int) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from pathlib import Path
 
 from .host import BenchError, run
@@ -16,6 +18,8 @@ def block(given: Settings) -> str:
     """Return the rules: a root by itself, and directories that are attached by hand."""
     exports = {"bench-root": given.root, "bench-ours": given.area / "ours"}
     root = _rule(NINEP, "bench-root", "root", "auto") + 'checks = "guest"\nspecial = true\n'
+    if given.root_cache:
+        root += f"cache = {{{', '.join(f'{key} = {json.dumps(value)}' for key, value in given.root_cache.items())}}}\n"
     rules = [root, _rule(FILES, "bench-ours", "ours", "manual")]
     for side in chosen(given):
         if side.served == "xen9p":
@@ -57,6 +61,8 @@ def forbid(given: Settings) -> bool:
     text = path.read_text() if path.is_file() else ""
     if BEGIN not in text:
         return False
+    # What was learned of boots belongs to a tree that goes now, too.
+    subprocess.run(["xen9p", "cache", "forget", "bench-root"], capture_output=True, check=False)
     _replace(path, without_block(text))
     run("systemctl", "try-reload-or-restart", "xen9pd.service")  # one that does not run needs no telling
     return True

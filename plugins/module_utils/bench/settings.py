@@ -13,6 +13,8 @@ NINEP, BLOCK, FILES, FULL = "bench-9p", "bench-blk", "bench-io", "bench-full"
 class Settings:
     """*memory* is in MiB, *image_size* in MiB, *timeout* in seconds; *msize* and *root_msize* in bytes.
 
+    *root_cache* is what the policy says of caching for the root.
+
     Of the full benchmark: *caching* is v9fs's cache mode of the caching side, *file_mib* the size of a file that is
     read, *section_seconds* the most that one of fio's sections may take, *small_files* how many are created;
     *sides* and *groups* what is measured, no groups for all. *client* is where xen9p is installed on the host,
@@ -31,6 +33,7 @@ class Settings:
     kernel_arguments: str
     root_options: str
     root_msize: int
+    root_cache: dict[str, bool]
     msize: int
     cache: str
     timeout: int

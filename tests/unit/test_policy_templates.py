@@ -95,7 +95,7 @@ def test_guests_check_their_own_roots_and_the_host_checks_what_they_share() -> N
         assert (root.terms.checks, root.terms.special, root.readonly) == (False, True, False)
         assert (home.terms.checks, home.terms.special, home.readonly) == (True, True, False)
         assert (course.terms.checks, course.terms.special, course.readonly) == (True, False, True)
-        assert (user.terms.checks, user.frontend, user.leases) == (True, "user", 3.0)
+        assert (user.terms.checks, user.frontend, user.leases) == (True, "user", 10.0)
         assert dict(course.terms.limits) == {"max_fids": 5000, "stream_bytes": 0}
         assert (root.cache.prefetch, home.cache.prefetch) == (True, False)
         assert (root.cache.share, root.cache.weight) == ((True, 0) if guest == "g1" else (False, 200))

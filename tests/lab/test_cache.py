@@ -213,7 +213,7 @@ def test_what_was_foreseen_is_there_before_the_guest_asks(dom0: Dom0) -> None:
 def test_switched_off_nothing_is_read_ahead(dom0: Dom0) -> None:
     dom0.out(f"cp -p {POLICY} {POLICY}.test")
     try:
-        dom0.out(f"sed -i 's/prefetch = true/prefetch = false/' {POLICY}; systemctl reload xen9pd")
+        dom0.out(f"""sed -i 's/"prefetch" = true/"prefetch" = false/' {POLICY}; systemctl reload xen9pd""")
         restart(dom0, "g2", cold=True)
         assert device(dom0, "g2", "root")["ahead"] is None
     finally:

@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from serving import OPENERS, Session
 from xen9p import worker
 
 worker.prepare_process()
+
+# A busy machine is no reason to fail.
+settings.register_profile("xen9p", deadline=None)
+settings.load_profile("xen9p")
 
 
 @pytest.fixture

@@ -139,3 +139,16 @@ def scratch(host: Host, path: str) -> Iterator[str]:
         yield path
     finally:
         host.check_output(f"rm -rf {path}")
+
+
+@contextmanager
+def home_mounted(mode: str, more: str = "") -> Iterator[None]:
+    """g1's /home in another cache mode, with *more* options, and then as it was."""
+    g1 = connect("g1")
+    g1.check_output("umount /home")
+    try:
+        options = f"rw,trans=xen,version=9p2000.L,msize=524288,cache={mode}{',' if more else ''}{more}"
+        g1.check_output(f"mount -t 9p home /home -o {options}")
+        yield
+    finally:
+        g1.check_output("umount /home; mount /home")

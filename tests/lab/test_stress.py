@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 import stress
-from lab import Dom0, connect, scratch, wait_until
-from test_torture import home_mounted
+from lab import Dom0, connect, home_mounted, scratch, wait_until
 
 SECONDS = int(os.environ.get("XEN9P_STRESS", "1"))
 SCRIPT = Path(__file__).with_name("stress.py")

@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
-from lab import REPOSITORY, Dom0, connect, scratch
+from lab import REPOSITORY, Dom0, connect, home_mounted, scratch
 
 SECONDS = float(os.environ.get("XEN9P_TORTURE", "12"))
 SCRIPT = REPOSITORY / "xen9p-src" / "tests" / "torture.py"
@@ -27,19 +26,6 @@ def script(dom0: Dom0) -> Iterator[str]:
     with scratch(dom0.host, THERE):
         dom0.out(f"cat > {THERE}/torture.py <<'END'\n{SCRIPT.read_text()}\nEND")
         yield "torture.py"
-
-
-@contextmanager
-def home_mounted(mode: str, more: str = "") -> Iterator[None]:
-    """g1's /home in another cache mode, and then as it was."""
-    g1 = connect("g1")
-    g1.check_output("umount /home")
-    try:
-        options = f"rw,trans=xen,version=9p2000.L,msize=524288,cache={mode}{',' if more else ''}{more}"
-        g1.check_output(f"mount -t 9p home /home -o {options}")
-        yield
-    finally:
-        g1.check_output("umount /home; mount /home")
 
 
 @pytest.mark.parametrize("mode", ["none", "loose"])

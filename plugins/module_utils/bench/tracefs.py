@@ -108,6 +108,7 @@ class Counting:
             try:
                 if event.is_probe:
                     _append(self._tracing / "kprobe_events", f"p:{NAME}/{event.name} {event.where} {event.fetch}")
+                self._trigger(event).with_name("hist").stat()
                 _append(self._trigger(event), event.trigger)
             except OSError as error:
                 self.missing[event.name] = _reason(event, error)
@@ -127,6 +128,9 @@ class Counting:
 
     def close(self) -> None:
         """End, and leave nothing."""
+        for event in self._counted():
+            with suppress(OSError):
+                _append(self._trigger(event), f"!{event.trigger}")
         remove(self._tracing)
 
     def _counted(self) -> list[Event]:
@@ -179,8 +183,10 @@ def _append(path: Path, text: str) -> None:
 
 
 def _reason(event: Event, error: OSError) -> str:
-    if event.is_probe and error.errno in {errno.ENOENT, errno.EINVAL}:
+    # From kprobe_events: ENOENT and EINVAL are a function that is not there, or that must not be probed.
+    if event.is_probe and error.filename is None and error.errno in {errno.ENOENT, errno.EINVAL}:
         return f"this kernel has no function {event.where} that can be probed"
     if error.errno == errno.ENOENT:
-        return f"this kernel has no event {event.where}"
+        kind = "no kprobes" if event.is_probe else f"no event {event.where}"
+        return f"this kernel has {kind}, or no histograms of events (CONFIG_HIST_TRIGGERS)"
     return f"{event.where}: {error.strerror}"

@@ -83,7 +83,9 @@ def start(given: Settings, programs: Mapping[str, str]) -> dict[str, Any]:
     told = full.bring_up(given, {name: programs[name] for name in PROGRAMS})
     domain = domains()[FULL]
     bounced = {side.name: _bounced(side, domain) for side in chosen(given) if side.how == DISK}
-    return told | {"workloads": {work.name: work.what for work in wanted(given)}, "bounced": bounced}
+    works = wanted(given)
+    names = [work.name for work in works]  # in their order; a dictionary may lose it on its way through Ansible
+    return told | {"names": names, "workloads": {work.name: work.what for work in works}, "bounced": bounced}
 
 
 def _bounced(side: Side, domain: int) -> bool:

@@ -26,7 +26,7 @@ POLL, LIMIT = 2, 900
 MARK = 64
 """How many hypercalls a mark has."""
 _NEAR, _FEW = 12, 16
-"""Hypercalls of the guest between two of a mark at the most; fewer than so many are no part of a mark."""
+"""Hypercalls of the guest between two of a mark at the most; fewer together than so many are no part of a mark."""
 
 _CALL = re.compile(r"^\s*(\d+\.\d+) \S+ d(\d+)v\d+ hypercall +[0-9a-f]+ \((\w+)\) ?(.*)$")
 _GRANTS = re.compile(r"^(\w+) (\d+) ops")
@@ -115,27 +115,22 @@ def between_marks(found: Sequence[Call], guest: int) -> list[Call]:
         XenTraceError: there are not two marks.
     """
     own = [call for call in found if call.domain == guest]
-    groups = _groups([index for index, call in enumerate(own) if call.name == "xen_version"])
-    total = sum(len(group) for group in groups)
-    # A mark that is interrupted for long falls into two groups: the first mark ends where about half have come.
-    first, seen = 0, 0
-    while first < len(groups) and seen < MARK - _FEW // 2:
-        seen += len(groups[first])
-        first += 1
-    if abs(seen - MARK) > _FEW // 2 or abs(total - 2 * MARK) > _FEW:
-        raise XenTraceError(f"the marks in Xen's trace have {total} hypercalls instead of {2 * MARK}")
-    begin, end = own[groups[first - 1][-1]].time, own[groups[first][0]].time
+    marks = _marks([index for index, call in enumerate(own) if call.name == "xen_version"])
+    if not -_FEW <= len(marks) - 2 * MARK <= _FEW:
+        raise XenTraceError(f"the marks in Xen's trace have {len(marks)} hypercalls instead of {2 * MARK}")
+    begin, end = own[marks[MARK - 1]].time, own[marks[-MARK]].time
     return [call for call in found if begin < call.time < end]
 
 
-def _groups(indices: Sequence[int]) -> list[list[int]]:
+def _marks(indices: Sequence[int]) -> list[int]:
+    """Those of the guest's xen_version hypercalls that are close to many others."""
     groups: list[list[int]] = []
     for index in indices:
         if groups and index - groups[-1][-1] <= _NEAR:
             groups[-1].append(index)
         else:
             groups.append([index])
-    return [group for group in groups if len(group) >= _FEW]
+    return [index for group in groups if len(group) >= _FEW for index in group]
 
 
 def by_name(found: Iterable[Call], domain: int) -> dict[str, int]:

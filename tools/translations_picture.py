@@ -16,6 +16,9 @@ text { font: 13px system-ui, sans-serif; fill: #222 }
 }
 """
 
+# A station is narrow.
+SHORT = {"guest filesystem block": "ext4 block", "virtual disk sector": "disk sector"}
+
 Row = tuple[str, str, list[tuple[str, str, str]]]
 """Head, line below, and the stations: how often, by whom, what becomes what."""
 
@@ -40,7 +43,7 @@ def picture(title: str, rows: Sequence[Row]) -> str:
 
 def _station(x: int, y: int, count: str, by: str, what: str) -> list[str]:
     kind = "guest" if by.startswith("guest") else "dom0" if by.startswith("dom0") else "none"
-    source, _, target = what.partition(" → ")
+    source, target = (SHORT.get(space, space) for space in what.split(" → "))
     middle = x + BOX / 2
     lines = [("count", 16, count), ("small", 31, source), ("small", 44, f"→ {target}"), ("small", 57, by)]
     parts = [f'<rect class="{kind}" x="{x}" y="{y}" width="{BOX}" height="{HIGH}" rx="5"/>']

@@ -10,6 +10,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.bench import boots, files, full, translations, trees
 from ansible.module_utils.bench.host import BenchError, alone, run
 from ansible.module_utils.bench.settings import Settings
+from ansible.module_utils.bench.tracefs import TraceError
 
 DOCUMENTATION = r"""
 module: bench_lab
@@ -118,7 +119,7 @@ def main() -> None:
         given = Settings(**values["settings"])
         with alone():
             changed, result, note = perform(given, values)
-    except (BenchError, OSError) as error:
+    except (BenchError, TraceError, OSError) as error:
         module.fail_json(msg=f"benchmark: {error}")
     module.exit_json(changed=changed, result=result, note=note)
 

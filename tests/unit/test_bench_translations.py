@@ -124,6 +124,7 @@ def trace(first: int = 64, second: int = 64, work: tuple[str, ...] = ("20 (evtch
         add(15, call)
         add(0, "20 (evtchn_op)")
         add(0, "14 (grant_table_op) copy 2 ops")
+        add(14, "14 (grant_table_op) copy 5 ops")
         add(14, " 3 (stack_switch)")
     mark(second)
     add(0, "20 (evtchn_op)")
@@ -170,6 +171,7 @@ INTERRUPTS = """           CPU0       CPU1
  24:     152164          0  xen-percpu    -virq      timer0
  76:       1570          3  xen-dyn-lateeoi    -event     blkif-backend
  81:          1         58  xen-dyn-lateeoi    -event     evtchn:x9 bench-full/o
+  9:          4          0   unused
 NMI:          0          0   Non-maskable interrupts
 ERR:          0
 """

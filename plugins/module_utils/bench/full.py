@@ -34,7 +34,7 @@ def start(given: Settings, programs: dict[str, str]) -> dict[str, Any]:
 
     *programs*: agent.py and workloads.py for the guest, serve.py and floor.c for dom0, as text.
     """
-    watcher(given, programs)
+    bring_watcher(given, programs)
     if any(side.served == "floor" for side in chosen(given)):
         (given.run / "floor/floor.c").write_text(programs["floor.c"])
         # Beside the files, and not where it runs: /run may be mounted noexec.
@@ -43,7 +43,7 @@ def start(given: Settings, programs: dict[str, str]) -> dict[str, Any]:
     return bring_up(given, {name: programs[name] for name in ("agent.py", "workloads.py")}, room)
 
 
-def watcher(given: Settings, programs: Mapping[str, str]) -> None:
+def bring_watcher(given: Settings, programs: Mapping[str, str]) -> None:
     """Put serve.py, which watches devices become ready and serves the floor, where it is run."""
     folder = given.run / "floor"
     folder.mkdir()

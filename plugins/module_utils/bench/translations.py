@@ -79,7 +79,7 @@ def add(given: Settings) -> None:
 
 def start(given: Settings, programs: Mapping[str, str]) -> dict[str, Any]:
     """Start the guest and mount every side; the mounts, and how soon each worker was ready."""
-    full.watcher(given, programs)
+    full.bring_watcher(given, programs)
     told = full.bring_up(given, {name: programs[name] for name in PROGRAMS})
     domain = domains()[FULL]
     bounced = {side.name: _bounced(side, domain) for side in chosen(given) if side.how == DISK}

@@ -364,6 +364,7 @@ def place(tmp_path: Path) -> Path:
 
 def test_every_workload_does_what_it_says(counting: ModuleType, place: Path) -> None:
     assert list(counting.WORK) == [work.name for work in translations.WORKLOADS]
+    assert counting.MARK == xentrace.MARK
     before = sorted(place.rglob("*"))
     expected = {
         **{"read-4k-cold": (4, 16384), "read-4k-warm": (64, 64 * 4096), "read-seq": (64, 4 << 20)},

@@ -70,7 +70,10 @@ def recording(file: Path) -> Iterator[None]:
             yield
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def calls(lines: Iterable[str]) -> list[Call]:

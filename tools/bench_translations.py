@@ -304,6 +304,8 @@ _CHECKS = {
     "sent_by_dom0": "notifications by dom0: sent there (kprobe), interrupts in the guest",
     "switches_guest": "context switches of the guest: its /proc/stat, and stack_switch hypercalls in Xen's trace",
     "switches_backend": "context switches of the backend's threads: sched_switch, and /proc/PID/task/*/status",
+    "grants_copied": "grants that QEMU has Xen copy: kprobe in its threads, and grant_table_op in Xen's trace",
+    "grants_mapped": "grants that blkback maps: kprobe in its thread, and grant_table_op in Xen's trace",
     "ring_bytes": "bytes on the ring: the guest's block events, and blkback's statistics",
 }
 

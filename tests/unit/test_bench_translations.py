@@ -289,6 +289,16 @@ def test_a_disk_is_counted_by_its_number_and_checked_against_blkback() -> None:
     assert len(counted.steps(SIDES["qdisk"], one)) == 8
 
 
+def test_grants_are_those_of_the_backends_threads_and_of_xens_trace() -> None:
+    copied = [{"common_pid": "100", "hits": 2, "grants": 12}, {"common_pid": "8", "hits": 1, "grants": 3}]
+    calls = [xentrace.Call(1, 0, "grant_table_op", "copy 8 ops"), xentrace.Call(1, 0, "grant_table_op", "copy 4 ops")]
+    one = raw(dom0_rows={"copied": copied}, calls=calls)
+    found = counted.figures(SIDES["qdisk"], one)
+    assert found.checks["grants_copied"] == [12, 12]
+    assert "grants_copied" not in counted.figures(SIDES["ours"], one).checks
+    assert counted.figures(SIDES["block"], one).checks["grants_mapped"] == [0, 0]
+
+
 def test_what_a_kernel_lacks_is_left_out_and_never_nought() -> None:
     missing = {"guest request": "in the guest, no function p9_xen_request", "dom0 chunk": "in dom0, no function"}
     one = raw(missing=missing, messages={"Tread": 1}, dom0_rows={"extent": []})

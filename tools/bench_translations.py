@@ -152,11 +152,15 @@ def table(run: Mapping[str, Any]) -> str:
         rows = [(f"{workload} ({unit})", *COLUMNS)]
         for entry in group:
             cells = [entry.failed] if entry.failed else [figure(entry.column(name)) for name in COLUMNS]
-            rows.append((NAMES[entry.side], *cells))
+            rows.append((_named(entry), *cells))
         lines += [*_narrow(rows), ""]
     lines += [f"{workload}: {said}" for workload, group in _by_workload(found) for said in compared(group)]
     lines += [f"left out: {what}: {why}" for what, why in _left_out(found).items()]
     return "\n".join(lines).rstrip()
+
+
+def _named(entry: Entry) -> str:
+    return "at rest" if entry.workload == IDLE else NAMES[entry.side]
 
 
 def _narrow(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -262,7 +266,7 @@ def page_parts(run: Mapping[str, Any], name: str) -> list[str]:
             lines += ["What there is besides, in a second: timers, and xentrace itself.", ""]
         elif any(entry.operations for entry in group):
             lines += [f"![The stations of each way, with counts]({name}-{workload}.svg)", "", verdict(group), ""]
-        names = [NAMES[entry.side] for entry in group]
+        names = [_named(entry) for entry in group]
         lines += [f"| of one operation | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
         if workload == IDLE:
             lines[-2] = lines[-2].replace("of one operation", "in a second")

@@ -396,12 +396,20 @@ def test_the_agent_counts_and_says_what_it_cannot_do(tracing: Path, place: Path)
     """The program as the guest runs it, with this kernel's tracefs; there is no Xen, so its marks are missing."""
     command = [sys.executable, str(FILES / "counting.py")]
     environment = {"PYTHONPATH": f"{FILES}:{UTILS}", "PATH": "/usr/bin:/bin"}
-    count = {"do": "count", "place": str(place), "device": "", "rest": 0.0}
+    begin = {"do": "prepare", "place": str(place), "device": ""}
+    count = {"do": "count", "rest": 0}
     asked = [
-        {"do": "count", "work": "stat", "place": str(place), "device": "", "rest": 0},
+        count,
         {"do": "open", "events": [tracefs.Event("looked", "syscalls/sys_enter_newfstatat", "common_pid").as_dict()]},
-        count | {"work": "stat"},
-        count | {"work": "read-4k-cold", "place": f"{place}/nowhere"},
+        begin | {"work": "stat"},
+        count,
+        {"do": "finish"},
+        begin | {"work": "create"},
+        count,
+        {"do": "finish"},
+        begin | {"work": "read-4k-cold", "place": f"{place}/nowhere"},
+        count,
+        begin | {"work": "read-seq", "place": f"{place}/nowhere"},
         {"do": "bytes", "place": str(place), "offset": 8192, "count": 4},
         {"do": "close"},
     ]
@@ -409,9 +417,12 @@ def test_the_agent_counts_and_says_what_it_cannot_do(tracing: Path, place: Path)
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         printed, _ = process.communicate("".join(json.dumps(one) + "\n" for one in asked), timeout=60)
-    early, opened, done, failed, data, closed = (json.loads(text) for text in printed.splitlines())
-    assert early == {"error": "open comes first"}
-    assert closed == {}
+    early, opened, *rest = (json.loads(text) for text in printed.splitlines())
+    prepared, done, finished, _, created, _, _, failed, unprepared, data, closed = rest
+    assert early == {"error": "open and prepare come first"}
+    assert (prepared, finished, closed) == ({"failed": ""}, {}, {})
+    assert (created["operations"], list((place / "new").iterdir())) == (50, [])
+    assert unprepared == {"failed": "No such file or directory"}
     assert (done["operations"], done["failed"], done["disk_done"]) == (200, "", {})
     if "looked" not in opened["missing"]:
         # Those of the work; what was done before it, to make it warm, is not counted.

@@ -163,7 +163,10 @@ class _Counter:
         if work.cold:
             self._agent.ask({"do": "drop"})
             drop_caches()
-        request = {"do": "count", "work": work.name, "place": side.place, "device": side.device, "rest": REST}
+        request = {"do": "prepare", "work": work.name, "place": side.place, "device": side.device}
+        if failed := self._agent.ask(request)["failed"]:
+            self._agent.ask({"do": "finish"})
+            return {"operations": 0, "failed": failed, "counts": {}, "checks": {}, "left_out": {}, "steps": []}
         worker, blkback = _worker(side), _blkback(side, self._domain)
         threads = meters.threads(pids)
         irqs = meters.interrupts(Path("/proc/interrupts").read_text())
@@ -175,7 +178,7 @@ class _Counter:
             except xentrace.XenTraceError as error:
                 why = str(error)
             own, spent = meters.own_switches(pids), sum(map(cost.process, pids))
-            answer = self._agent.ask(request)
+            answer = self._agent.ask({"do": "count", "rest": REST})
             spent, own = sum(map(cost.process, pids)) - spent, meters.own_switches(pids) - own
             rows = self._counting.read()
         threads |= meters.threads(pids)
@@ -187,11 +190,14 @@ class _Counter:
                 calls = str(error)
         self._file.unlink(missing_ok=True)
         messages, moved = _since(side, worker, _worker(side))
+        taken = {name: count - blkback[name] for name, count in _blkback(side, self._domain).items()}
+        came = _came(irqs, meters.interrupts(Path("/proc/interrupts").read_text()))
+        self._agent.ask({"do": "finish"})  # what it takes away is not counted
         raw = counted.Raw(
             guest_rows=answer["rows"],
             dom0_rows=rows,
             guest_irqs={number: (name, count) for number, (name, count) in answer["interrupts"].items()},
-            dom0_irqs=_came(irqs, meters.interrupts(Path("/proc/interrupts").read_text())),
+            dom0_irqs=came,
             guest_switches=answer["switches"],
             own_switches=own,
             backend_seconds=spent,
@@ -202,7 +208,7 @@ class _Counter:
             domain=self._domain,
             messages=messages,
             file_bytes=moved,
-            blkback={name: count - blkback[name] for name, count in _blkback(side, self._domain).items()},
+            blkback=taken,
             calls=calls,
             missing=self._missing,
         )

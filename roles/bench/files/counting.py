@@ -195,6 +195,9 @@ class Counter:
     def __init__(self) -> None:
         self._mount: Any = None
         self._counting: tracefs.Counting | None = None
+        self._work: Work | None = None
+        self._place: Place | None = None
+        self._device = ""
         self._version = os.open(VERSION, os.O_RDONLY) if os.path.exists(VERSION) else -1
 
     def open(self, events: list[dict[str, str]]) -> dict[str, Any]:
@@ -222,38 +225,39 @@ class Counter:
             os.pread(self._version, 8, 0)
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
+    def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what comes before a piece of work and is not counted; "failed" with the reason if this side cannot."""
+        self._work, self._place, self._device = WORK[request["work"]], Place(request["place"]), request["device"]
+        try:
+            self._work.before(self._place)
+            os.sync()
+        except OSError as error:
+            return {"failed": _reason(error)}
+        return {"failed": ""}
+
     def count(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do a piece of work and say what it took; what a side cannot do is "failed" with the reason."""
-        if self._counting is None:
-            raise agent.WorkError("open comes first")
-        work, place, device = WORK[request["work"]], Place(request["place"]), request["device"]
-        failed, operations, moved, seconds = "", 0, 0, 0.0
+        """Do the piece of work, between marks, and say what it took; "failed" with the reason if this side cannot."""
+        if self._counting is None or self._place is None or self._work is None:
+            raise agent.WorkError("open and prepare come first")
+        operations, moved, failed = 0, 0, ""
+        time.sleep(request["rest"])
         with _quiet():
-            try:
-                work.before(place)
-                os.sync()
-                time.sleep(request["rest"])
-            except OSError as error:
-                failed = os.strerror(error.errno or errno.EIO)
-            irqs, disk = meters.interrupts(_text("/proc/interrupts")), _disk(device)
+            irqs, disk = meters.interrupts(_text("/proc/interrupts")), _disk(self._device)
             self._counting.clear()
             switched = meters.switches(_text("/proc/stat"))
             self._mark()
             began = time.monotonic()
             try:
-                operations, moved = work.run(place) if not failed else (0, 0)
+                operations, moved = self._work.run(self._place)
             except OSError as error:
-                failed = os.strerror(error.errno or errno.EIO)
+                failed = _reason(error)
             seconds = time.monotonic() - began
             self._mark()
             switched = meters.switches(_text("/proc/stat")) - switched
             rows = self._counting.read()
             after = meters.interrupts(_text("/proc/interrupts"))
-            done = {name: count - disk[name] for name, count in _disk(device).items()}
-        place.close()
-        with suppress(OSError):
-            work.after(place)
-        number = os.stat(f"/dev/{device}").st_rdev if device else 0
+            done = {name: count - disk[name] for name, count in _disk(self._device).items()}
+        number = os.stat(f"/dev/{self._device}").st_rdev if self._device else 0
         return {
             "operations": operations,
             "bytes": moved,
@@ -266,6 +270,15 @@ class Counter:
             "disk_done": done,
         }
 
+    def finish(self) -> dict[str, Any]:
+        """Take away what the work has made."""
+        if self._place is not None and self._work is not None:
+            self._place.close()
+            with suppress(OSError):
+                self._work.after(self._place)
+        self._work = self._place = None
+        return {}
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
@@ -275,6 +288,10 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno or errno.EIO)
 
 
 def _text(path: str) -> str:
@@ -293,8 +310,12 @@ def main() -> int:
         try:
             if request["do"] == "open":
                 return counter.open(request["events"])
+            if request["do"] == "prepare":
+                return counter.prepare(request)
             if request["do"] == "count":
                 return counter.count(request)
+            if request["do"] == "finish":
+                return counter.finish()
         except tracefs.TraceError as error:
             raise agent.WorkError(str(error)) from error
         if request["do"] == "close":

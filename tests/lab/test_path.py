@@ -109,7 +109,7 @@ def assert_request_is_seen(dom0: Dom0, device: str, sector: int) -> None:
             command = f"xen9p path g1:/d/x --disk xvdk --offset {OFFSET} --wait 60 --json"
             dom0.out(f"nohup {command} > /tmp/wait/out 2> /tmp/wait/err < /dev/null & echo started")
             wait_until("it waits", lambda: "waiting" in dom0.out("cat /tmp/wait/err"), 60)
-            g1.check_output("echo 3 > /proc/sys/vm/drop_caches; cat /mnt/path/d/x > /dev/null")
+            g1.check_output("echo 3 > /proc/sys/vm/drop_caches; cat /run/path/d/x > /dev/null")
             wait_until("it has ended", lambda: "translations" in dom0.out("cat /tmp/wait/out"), 90)
             notes = " ".join(json.loads(dom0.out("cat /tmp/wait/out"))["notes"])
             assert dom0.out("ls /sys/kernel/tracing/instances") == ""
@@ -127,13 +127,13 @@ def test_the_bytes_of_a_disk_on_blkback_are_where_the_way_ends(dom0: Dom0) -> No
         dom0.out(f"xl block-attach g1 format=raw,vdev=xvdk,access=w,target={IMAGE}")
         try:
             wait_until("the guest has the disk", lambda: g1.run("test -b /dev/xvdk").rc == 0, 30)
-            g1.check_output("modprobe ext4 && mkdir -p /mnt/path && mount -t ext4 /dev/xvdk /mnt/path")
-            read = f"tail -c +{OFFSET + 1} /mnt/path/d/x | head -c 64 | sha256sum"
+            g1.check_output("modprobe ext4 && mkdir -p /run/path && mount -t ext4 /dev/xvdk /run/path")
+            read = f"tail -c +{OFFSET + 1} /run/path/d/x | head -c 64 | sha256sum"
             assert g1.check_output(read) == expected
             way = followed(dom0, f"g1:/d/x --disk xvdk --offset {OFFSET}")
             assert at_end(dom0, way) == expected
             assert way["served"].startswith("blkback")
-            inode = int(g1.check_output("stat -c %i /mnt/path/d/x"))
+            inode = int(g1.check_output("stat -c %i /run/path/d/x"))
             assert point(way, "guest inode")["inode"] == inode
             ring = point(way, "ring")
             front = f"/local/domain/{dom0.domid('g1')}/device/vbd/51872"
@@ -142,7 +142,7 @@ def test_the_bytes_of_a_disk_on_blkback_are_where_the_way_ends(dom0: Dom0) -> No
             assert dom0.out(f"losetup -n -O BACK-FILE {loop['device']}").strip() == IMAGE
             assert_request_is_seen(dom0, loop["device"], loop["sector"])
         finally:
-            g1.run("umount /mnt/path; rmdir /mnt/path")
+            g1.run("umount /run/path; rmdir /run/path")
             dom0.run("xl block-detach g1 xvdk")
             wait_until("the disk is gone", lambda: "51872" not in dom0.out("xl block-list g1"), 30)
             wait_until("the loop device is gone", lambda: IMAGE not in dom0.out("losetup -l"), 30)
@@ -151,7 +151,7 @@ def test_the_bytes_of_a_disk_on_blkback_are_where_the_way_ends(dom0: Dom0) -> No
 def test_the_bytes_of_a_disk_on_qdisk_are_where_the_way_ends(dom0: Dom0) -> None:
     """Of a guest that stands still from the start: its QEMU and its nodes in XenStore are there, and that is enough."""
     config = (
-        f'name = "{TWIN}"\ntype = "pv"\nmemory = 64\nvcpus = 1\n'
+        f'name = "{TWIN}"\ntype = "pv"\nmemory = 128\nvcpus = 1\n'
         'kernel = "/tmp/twin/vmlinuz"\nextra = "console=hvc0"\n'
         f'disk = ["format=raw,vdev=xvda,access=w,backendtype=qdisk,target={IMAGE}"]\n'
     )

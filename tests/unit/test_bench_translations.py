@@ -210,7 +210,9 @@ def test_requests_of_a_disk() -> None:
 def raw(**changes: Any) -> Any:
     empty: dict[str, Any] = {"guest_rows": {}, "dom0_rows": {}, "guest_irqs": {}, "dom0_irqs": {}}
     numbers = {"guest_switches": 9, "own_switches": 4, "backend_seconds": 0.0025, "disk": 5, "loop": 6, "store": 7}
-    return counted.Raw(**(empty | numbers | {"domain": 15, "threads": frozenset({100, 101})} | changes))
+    return counted.Raw(
+        **(empty | numbers | {"domain": 15, "threads": frozenset({100, 101})} | {"kernel": frozenset({50})} | changes)
+    )
 
 
 def test_a_9p_side_is_counted_by_message_and_checked_against_the_worker() -> None:
@@ -228,8 +230,13 @@ def test_a_9p_side_is_counted_by_message_and_checked_against_the_worker() -> Non
         "copied": [{"common_pid": "3", "hits": 1, "grants": 30}],
         "mapped": [],
         "switched": [{"prev_pid": "101", "hits": 4}, {"prev_pid": "0", "hits": 99}],
-        "issued": [{"dev": "7", "rwbs": "RA", "hits": 2, "nr_sector": 16}, {"dev": "8", "rwbs": "W", "hits": 1}],
-        "extent": [{"common_pid": "100", "hits": 2}],
+        "issued": [
+            {"dev": "7", "rwbs": "RA", "common_pid": "100", "hits": 1, "nr_sector": 8},
+            {"dev": "7", "rwbs": "W", "common_pid": "50", "hits": 1, "nr_sector": 8},
+            {"dev": "7", "rwbs": "RA", "common_pid": "3", "hits": 30, "nr_sector": 999},
+            {"dev": "8", "rwbs": "W", "common_pid": "50", "hits": 1, "nr_sector": 8},
+        ],
+        "extent": [{"common_pid": "100", "hits": 1}, {"common_pid": "50", "hits": 1}, {"common_pid": "3", "hits": 9}],
         "chunk": [{"common_pid": "100", "hits": 1}],
     }
     one = raw(
@@ -265,7 +272,7 @@ def test_a_disk_is_counted_by_its_number_and_checked_against_blkback() -> None:
     one = raw(
         guest_rows={"issued": issued, "bio": [{"dev": "5", "hits": 4}], "map": [{"common_pid": "1", "hits": 2}]},
         dom0_rows={
-            "issued": [{"dev": "6", "rwbs": "R", "hits": 3, "nr_sector": 24}],
+            "issued": [{"dev": "6", "rwbs": "R", "common_pid": "8", "hits": 3, "nr_sector": 24}],
             "notify": [{"irq": "78", "hits": 3}, {"irq": "62", "hits": 50}],
         },
         guest_irqs={"8": ("blkif", 3)},

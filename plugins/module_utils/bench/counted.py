@@ -26,7 +26,7 @@ DOM0_EVENTS = (
     Event("mapped", "gnttab_map_refs", "common_pid", "grants", "grants=%cx:u32"),
     Event("extent", "btrfs_get_extent", "common_pid"),
     Event("chunk", "__btrfs_map_block", "common_pid"),
-    Event("issued", "block/block_rq_issue", "dev,rwbs", "nr_sector"),
+    Event("issued", "block/block_rq_issue", "dev,rwbs,common_pid", "nr_sector"),
     Event("switched", "sched/sched_switch", "prev_pid"),
     *(Event(name, f"syscalls/sys_enter_{name}", "common_pid") for name in _IO),
 )
@@ -50,8 +50,9 @@ _NO_FID = {"100", "108", "Tversion", "Tflush"}
 class Raw:
     """One count: what was read on both sides, before and after; rows as tracefs.Counting.read() has them.
 
-    *interrupts*: name -> how many came, in the guest and in dom0. *messages*: type -> how many, as the worker counts.
-    *blkback*: its statistics. *threads*: of the backend. *calls*: hypercalls between the marks, or why there are none.
+    *irqs*: number -> name, and how many came. *messages*: type -> how many, as the worker counts. *blkback*: its
+    statistics. *threads*: of the backend. *kernel*: dom0's kernel threads, which read and write for loop devices, and
+    write back for everybody. *calls*: hypercalls between the marks, or why there are none.
     """
 
     guest_rows: Mapping[str, Sequence[Row]]
@@ -62,6 +63,7 @@ class Raw:
     own_switches: int
     backend_seconds: float
     threads: frozenset[int]
+    kernel: frozenset[int]
     disk: int
     loop: int
     store: int
@@ -116,7 +118,7 @@ def figures(side: Side, raw: Raw) -> Figures:
         found.add(name, sums(raw.dom0_rows, event, raw.threads, "grants"), [f"dom0 {event}"], check)
     found.add("backend_us", round(raw.backend_seconds * 1e6))
     found.add("file_system_calls", sum(hits(raw.dom0_rows, name, raw.threads) for name in _IO))
-    store = _of_device(raw.dom0_rows, raw.store)
+    store = [row for row in _of_device(raw.dom0_rows, raw.store) if int(row["common_pid"]) in raw.threads | raw.kernel]
     found.add("store_requests", sum(row["hits"] for row in store), ["dom0 issued"])
     found.add("store_bytes", 512 * sum(row["nr_sector"] for row in store), ["dom0 issued"])
     _bytes(side, raw, found)
@@ -238,7 +240,7 @@ def steps(side: Side, raw: Raw) -> list[dict[str, Any]]:
         found.append(("9P request", "ring", "guest's client", sent, "requests of the worker's metrics", ""))
         found.append(("fid", "inode", "dom0's worker", named, "requests that name a fid, of the metrics", ""))
     space = "file offset" if side.how != DISK else "image offset"
-    extents, chunks = hits(raw.dom0_rows, "extent"), hits(raw.dom0_rows, "chunk")
+    extents, chunks = (hits(raw.dom0_rows, event, raw.threads | raw.kernel) for event in ("extent", "chunk"))
     found.append((space, "store address", "dom0's btrfs", extents, "btrfs_get_extent", "dom0 extent"))
     found.append(("store address", "device byte", "dom0's btrfs", chunks, "__btrfs_map_block", "dom0 chunk"))
     steps: list[dict[str, Any]] = []

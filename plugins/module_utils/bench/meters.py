@@ -47,6 +47,19 @@ def threads(pids: Iterable[int], proc: Path = Path("/proc")) -> set[int]:
     return {int(path.name) for pid in pids for path in proc.glob(f"{pid}/task/*")}
 
 
+def kernel_threads(proc: Path = Path("/proc")) -> set[int]:
+    """All threads of the kernel: what kthreadd, process 2, has started."""
+    found = set()
+    for stat in proc.glob("[0-9]*/stat"):
+        try:
+            # The name, in parentheses, may have any character.
+            if stat.read_text().rpartition(")")[2].split()[1] == "2":
+                found.add(int(stat.parent.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
 def completed(stat: str) -> dict[str, int]:
     """Requests of a disk that are done, by kind, from /sys/block/*/stat."""
     words = [int(word) for word in stat.split()]

@@ -168,7 +168,7 @@ class _Counter:
             self._agent.ask({"do": "finish"})
             return {"operations": 0, "failed": failed, "counts": {}, "checks": {}, "left_out": {}, "steps": []}
         worker, blkback = _worker(side), _blkback(side, self._domain)
-        threads = meters.threads(pids)
+        threads, kernel = meters.threads(pids), meters.kernel_threads()
         irqs = meters.interrupts(Path("/proc/interrupts").read_text())
         self._counting.clear()
         why = ""
@@ -202,6 +202,7 @@ class _Counter:
             own_switches=own,
             backend_seconds=spent,
             threads=frozenset(threads),
+            kernel=frozenset(kernel | meters.kernel_threads()),
             disk=counted.kernel_number(*answer["disk"]) if side.device else -1,
             loop=_loop(side, self._domain),
             store=self._store,

@@ -170,13 +170,13 @@ class _Counter:
         worker, blkback = _worker(side), _blkback(side, self._domain)
         threads, kernel = meters.threads(pids), meters.kernel_threads()
         irqs = meters.interrupts(Path("/proc/interrupts").read_text())
-        self._counting.clear()
         why = ""
         with ExitStack() as stack:
             try:
                 stack.enter_context(xentrace.recording(self._file))
             except xentrace.XenTraceError as error:
                 why = str(error)
+            self._counting.clear()
             own, spent = meters.own_switches(pids), sum(map(cost.process, pids))
             answer = self._agent.ask({"do": "count", "rest": REST})
             spent, own = sum(map(cost.process, pids)) - spent, meters.own_switches(pids) - own

@@ -153,6 +153,12 @@ def test_a_mark_is_found_although_the_guest_makes_such_hypercalls_itself() -> No
     assert own["xen_version"] == 20
 
 
+@pytest.mark.parametrize(("first", "second"), [(62, 64), (64, 62), (60, 60), (64, 64)])
+def test_the_work_is_found_between_marks_of_which_some_is_missing(first: int, second: int) -> None:
+    lines = trace(first, second, work=(" 3 (stack_switch)",) * 100)
+    assert xentrace.by_name(xentrace.between_marks(xentrace.calls(lines), 15), 15) == {"stack_switch": 100, "iret": 1}
+
+
 @pytest.mark.parametrize(("first", "second"), [(64, 0), (0, 0), (64, 20), (20, 64)])
 def test_marks_that_are_not_there_are_said(first: int, second: int) -> None:
     with pytest.raises(xentrace.XenTraceError, match="instead of 128"):

@@ -121,7 +121,13 @@ def between_marks(found: Sequence[Call], guest: int) -> list[Call]:
     marks = _marks([index for index, call in enumerate(own) if call.name == "xen_version"])
     if not -_FEW <= len(marks) - 2 * MARK <= _FEW:
         raise XenTraceError(f"the marks in Xen's trace have {len(marks)} hypercalls instead of {2 * MARK}")
-    begin, end = own[marks[MARK - 1]].time, own[marks[-MARK]].time
+    first, last = MARK - 1, len(marks) - MARK
+    if last <= first:
+        # Some hypercalls of a mark were too far from the others to be taken for it: the work is the widest gap.
+        places = range(max(1, last - _FEW), min(len(marks), MARK + _FEW))
+        last = max(places, key=lambda place: (marks[place] - marks[place - 1], -abs(place - MARK)))
+        first = last - 1
+    begin, end = own[marks[first]].time, own[marks[last]].time
     return [call for call in found if begin < call.time < end]
 
 

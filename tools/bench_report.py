@@ -131,6 +131,7 @@ def translations_page(run: Mapping[str, Any], name: str) -> str:
         "",
         f"Counted {run['date']} on {_where(run)}. All figures are from this one run.",
         "",
+        *([str(run["note"]), ""] if run.get("note") else []),
         *bench_translations.page_parts(run, name),
         "",
         "## Machine",

@@ -573,6 +573,14 @@ def test_the_command_writes_page_pictures_and_the_example(tmp_path: Path, run: d
     assert max(map(len, page.splitlines())) < 2000
 
 
+def test_a_run_that_followed_no_way_leaves_the_example(tmp_path: Path, run: dict[str, Any]) -> None:
+    page = tmp_path / "translations.md"
+    page.write_text("as it was")
+    run["translations"]["ways"] = []
+    bench_translations.write_example(tmp_path, run)
+    assert page.read_text() == "as it was"
+
+
 def test_a_run_that_counted_nothing_is_one_line(tmp_path: Path, run: dict[str, Any]) -> None:
     run["translations"]["parts"] = []
     command = [sys.executable, bench_report.__file__, "--results", f"{tmp_path}/x.json"]

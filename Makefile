@@ -52,6 +52,11 @@ bench: ## the full benchmark: fio and small files through seven ways to a file, 
 	@tools/bootstrap check
 	@$(PLAYBOOK) playbooks/bench.yml -e bench_profile=full -e bench_rounds=5 $(ARGS)
 
+.PHONY: translations
+translations: ## count what a file operation takes on each of five ways to a file, on the lab that stands
+	@tools/bootstrap check
+	@$(PLAYBOOK) playbooks/translations.yml $(ARGS)
+
 .PHONY: bench-scaling
 bench-scaling: ## what a request costs as fids, directories and devices grow; no Xen needed
 	@tools/bootstrap check

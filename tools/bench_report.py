@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_full
+import bench_translations
 from bench_chart import chart, figure
 from bench_stats import BOOT, SIDES, WORKLOADS, ReportError, Result, Spread, summarise
 
@@ -122,6 +123,28 @@ def full_page(run: Mapping[str, Any], name: str) -> str:
     return "\n".join(lines)
 
 
+def translations_page(run: Mapping[str, Any], name: str) -> str:
+    """Return the page of the count of translations, in Markdown."""
+    lines = [
+        "# Translations, counted",
+        "",
+        "<!-- Written by tools/bench_report.py from a run of `make translations`: changes are lost. -->",
+        "",
+        f"Counted {run['date']} on {_where(run)}. All figures are from this one run.",
+        "",
+        *([str(run["note"]), ""] if run.get("note") else []),
+        *bench_translations.page_parts(run, name),
+        "",
+        "## Machine",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in _machine(run, run["machine"])),
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def _seconds(item: Result, side: str) -> str:
     return f"{figure(item.sides[side].median)} s" if side in item.sides else "-"
 
@@ -213,7 +236,10 @@ def _machine(run: Mapping[str, Any], machine: Mapping[str, Any]) -> list[tuple[s
     rows = [
         ("Xen", machine.get("xen")),
         ("kernel of dom0", machine.get("kernel")),
-        ("kernel of the guest", (run.get("full") or run.get("files", {})).get("guest_kernel")),
+        (
+            "kernel of the guest",
+            (run.get("full") or run.get("translations") or run.get("files", {})).get("guest_kernel"),
+        ),
         ("QEMU behind the rival", machine.get("qemu")),
         ("xen9p", machine.get("xen9p")),
         ("physical processors that Xen sees", machine.get("processors")),
@@ -250,7 +276,10 @@ def main() -> int:
     try:
         run = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **json.load(sys.stdin)}
         name = given.results.stem
-        if run.get("full"):
+        if run.get("translations"):
+            found, text = [], bench_translations.table(run)
+            drawn, written = bench_translations.charts(run, name), translations_page(run, name)
+        elif run.get("full"):
             found, text = bench_full.summarise(run), bench_full.table(run)
             drawn, written = bench_full.charts(run, name), full_page(run, name)
         else:
@@ -260,6 +289,8 @@ def main() -> int:
         write(given.results.parent, {given.results.name: json.dumps(run, indent=1) + "\n", **drawn})
         if given.docs:
             write(given.docs, {f"{name}.md": written, **drawn})
+            if run.get("translations"):
+                bench_translations.write_example(given.docs.parent, run)
     except json.JSONDecodeError as error:
         print(f"bench_report: standard input is no JSON ({error}): give it what roles/bench measured", file=sys.stderr)
         return 1

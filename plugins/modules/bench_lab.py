@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.bench import boots, files, full, trees
+from ansible.module_utils.bench import boots, files, full, translations, trees
 from ansible.module_utils.bench.host import BenchError, alone, run
 from ansible.module_utils.bench.settings import Settings
+from ansible.module_utils.bench.tracefs import TraceError
 
 DOCUMENTATION = r"""
 module: bench_lab
@@ -21,13 +22,14 @@ options:
   do:
     type: str
     required: true
-    choices: [prepare, prepare_full, boots, files, full, clean]
+    choices: [prepare, prepare_full, prepare_translations, boots, files, full, translations, ways, clean]
     description: [Which part of a run.]
   settings: {type: dict, required: true, description: [Names and paths; all of one run must be equal.]}
   rounds: {type: int, default: 5, description: [How often each thing is measured.]}
-  round: {type: int, default: 0, description: [Which round of C(do=full) this is; from 0.]}
+  round: {type: int, default: 0, description: [Which round of C(do=full) or C(do=translations) this is; from 0.]}
+  workload: {type: str, default: "", description: [What C(do=translations) counts.]}
   program: {type: str, default: "", description: [Text of the program that works with files in the guest.]}
-  programs: {type: dict, default: {}, description: [Texts of the programs of C(do=prepare_full), by file name.]}
+  programs: {type: dict, default: {}, description: [Texts of the programs of the guest that has all sides, by name.]}
 author: [xen9p]
 """
 EXAMPLES = r"""
@@ -39,7 +41,10 @@ result: {type: dict, returned: success, description: Samples and what is known a
 """
 
 
-PARTS = ["prepare", "prepare_full", "boots", "files", "full", "clean"]
+PARTS = (
+    *("prepare", "prepare_full", "prepare_translations"),
+    *("boots", "files", "full", "translations", "ways", "clean"),
+)
 
 
 def facts(given: Settings) -> dict[str, Any]:
@@ -65,22 +70,30 @@ def perform(given: Settings, asked: dict[str, Any]) -> tuple[bool, dict[str, Any
     """Do one part: whether it changed the host, what it found, and a note for whoever watches."""
     what, rounds = asked["do"], asked["rounds"]
     if what == "clean":
-        found = full.stop() | trees.clean(given)
+        found = full.stop() | translations.stop(given) | trees.clean(given)
         return found, {}, "removed" if found else ""
     if what == "prepare":
         machine = facts(given)
         machine["golden"] = trees.prepare(given)
         return True, {"machine": machine}, f"golden tree {machine['golden']}"
-    if what == "prepare_full":
+    if what in {"prepare_full", "prepare_translations"}:
+        part = full if what == "prepare_full" else translations
         machine = facts(given)
-        machine["golden"] = trees.prepare(given, full.add)
-        started = full.start(given, asked["programs"])
+        machine["golden"] = trees.prepare(given, part.add)
+        started = part.start(given, asked["programs"])
         soon = ", ".join(f"{tag} {seconds:.2f} s" for tag, seconds in started["ready"].items())
         return True, {"machine": machine} | started, f"ready after {soon}"
     if what == "full":
         measured = full.measure(given, asked["round"])
         spent = sum(item["wall"] for item in measured["costs"])
         return True, measured, f"{len(measured['samples'])} samples in {spent:.0f} s"
+    if what == "translations":
+        measured = translations.measure(given, asked["workload"], asked["round"])
+        done = [item for item in measured["counts"] if not item["failed"]]
+        return True, measured, f"{len(done)} of {len(measured['counts'])} sides"
+    if what == "ways":
+        shown = translations.ways(given)
+        return True, {"ways": shown}, ", ".join(item["side"] for item in shown)
     if what == "boots":
         samples = boots.measure(given, rounds)
         return True, {"samples": samples}, ", ".join(f"{item['side']} {item['seconds']:.1f} s" for item in samples)
@@ -92,10 +105,11 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
-            "do": {"type": "str", "required": True, "choices": PARTS},
+            "do": {"type": "str", "required": True, "choices": list(PARTS)},
             "settings": {"type": "dict", "required": True},
             "rounds": {"type": "int", "default": 5},
             "round": {"type": "int", "default": 0},
+            "workload": {"type": "str", "default": ""},
             "program": {"type": "str", "default": ""},
             "programs": {"type": "dict", "default": {}},
         },
@@ -108,7 +122,7 @@ def main() -> None:
         given = Settings(**values["settings"])
         with alone():
             changed, result, note = perform(given, values)
-    except (BenchError, OSError) as error:
+    except (BenchError, TraceError, OSError) as error:
         module.fail_json(msg=f"benchmark: {error}")
     module.exit_json(changed=changed, result=result, note=note)
 

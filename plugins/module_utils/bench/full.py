@@ -6,7 +6,7 @@ import json
 import select
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,19 +34,29 @@ def start(given: Settings, programs: dict[str, str]) -> dict[str, Any]:
 
     *programs*: agent.py and workloads.py for the guest, serve.py and floor.c for dom0, as text.
     """
-    folder = given.run / "floor"
-    folder.mkdir()
-    for name in ("serve.py", "floor.c"):
-        (folder / name).write_text(programs[name])
+    bring_watcher(given, programs)
     if any(side.served == "floor" for side in chosen(given)):
+        (given.run / "floor/floor.c").write_text(programs["floor.c"])
         # Beside the files, and not where it runs: /run may be mounted noexec.
         run(*_floor(given, "build"), "--source", given.source)
+    room = f"mkdir -p {TOOLS} && mount -t tmpfs -o size=75% tmpfs {TOOLS} && cp -r /opt/bench/. {TOOLS}"
+    return bring_up(given, {name: programs[name] for name in ("agent.py", "workloads.py")}, room)
+
+
+def bring_watcher(given: Settings, programs: Mapping[str, str]) -> None:
+    """Put serve.py, which watches devices become ready and serves the floor, where it is run."""
+    folder = given.run / "floor"
+    folder.mkdir()
+    (folder / "serve.py").write_text(programs["serve.py"])
+
+
+def bring_up(given: Settings, programs: Mapping[str, str], more: str = "true") -> dict[str, Any]:
+    """Start the guest with *programs* in its /root, run the command *more* in it, and mount every side."""
     drop_caches()
     create(FULL, trees.config(given, FULL), given.address, given.timeout)
-    for name in ("agent.py", "workloads.py"):
-        files.inside(given, f"cat > /root/{name}", text=programs[name])
-    room = f"mkdir -p {TOOLS} && mount -t tmpfs -o size=75% tmpfs {TOOLS} && cp -r /opt/bench/. {TOOLS}"
-    files.inside(given, f"modprobe 9pnet_xen && modprobe 9p && modprobe ext4 && {room}")
+    for name, text in programs.items():
+        files.inside(given, f"cat > /root/{name}", text=text)
+    files.inside(given, f"modprobe 9pnet_xen && modprobe 9p && modprobe ext4 && {more}")
     with _readiness(given) as found:
         _attach(given)
         mounts = _mount(given)
@@ -120,8 +130,8 @@ def _mount_command(given: Settings, side: Side) -> str:
 class Agent:
     """The program in the guest that does one piece of work at a time."""
 
-    def __init__(self, given: Settings) -> None:
-        command = files.ssh(given, f"cd /root && exec env BENCH_TOOLS={TOOLS} python3 {AGENT}")
+    def __init__(self, given: Settings, program: str = AGENT) -> None:
+        command = files.ssh(given, f"cd /root && exec env BENCH_TOOLS={TOOLS} python3 {program}")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def perform(request: dict[str, Any]) -> dict[str, Any]:
     return {"sections": {request["name"]: {"operations": operations, "seconds": spent}}}
 
 
-def main() -> int:
+def serve(perform: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """Answer until standard input ends."""
     for line in sys.stdin:
         try:
@@ -148,4 +149,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(perform))

@@ -190,6 +190,7 @@ def test_a_boot_is_learned_and_the_next_guest_is_foreseen(dom0: Dom0) -> None:
     print(f"first boot {first:.1f} s, second {second:.1f} s (times of one run)")
 
 
+@pytest.mark.long
 def test_what_was_foreseen_is_there_before_the_guest_asks(dom0: Dom0) -> None:
     """A domain that is built and still paused: its worker reads ahead while its kernel has not run yet."""
     dom0.out("xl shutdown -w g2")
@@ -210,6 +211,7 @@ def test_what_was_foreseen_is_there_before_the_guest_asks(dom0: Dom0) -> None:
         wait_until("g2 answers", lambda: answers("g2"), 300)
 
 
+@pytest.mark.long
 def test_switched_off_nothing_is_read_ahead(dom0: Dom0) -> None:
     dom0.out(f"cp -p {POLICY} {POLICY}.test")
     try:
@@ -234,6 +236,7 @@ def test_bad_input_is_one_line(dom0: Dom0) -> None:
         assert len(result.stderr.strip().splitlines()) == 1, command
 
 
+@pytest.mark.long
 def test_a_profile_that_somebody_has_changed_is_not_used(dom0: Dom0) -> None:
     """It is left as it is, and one line says what to do; the guest boots as without."""
     image = show(dom0, "g2-root --quick")["exports"][0]["image"]

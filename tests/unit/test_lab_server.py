@@ -1,0 +1,76 @@
+"""The lab server without Xen: what its checks say of the server as handed out, as solved, and as in the wrong turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lab_parts import Bench, bench
+
+PROBED = ("walk", "data", "entries", "clunk", "safe")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return bench("server", tmp_path, monkeypatch)
+
+
+def solve(server: Bench) -> None:
+    """The solution's server, without the guest that comes after it."""
+    text = server.lab.read("solution/steps.md")
+    code = text.split("```console host\n", 1)[1].split("./serve.py", 1)[0]
+    done = server.look.system.run("host", code)
+    assert done.code == 0, done.said
+
+
+def parts_of(server: Bench) -> dict[str, float]:
+    return {name: round(server.check(name).part, 2) for name in PROBED}
+
+
+def test_handed_out_it_answers_none_of_them(server: Bench) -> None:
+    assert parts_of(server) == dict.fromkeys(PROBED, 0.0)
+    assert "Operation not supported" in server.check("walk").found
+
+
+def test_the_solution_has_all(server: Bench) -> None:
+    solve(server)
+    assert parts_of(server) == dict.fromkeys(PROBED, 1.0)
+
+
+def test_a_server_that_follows_links_is_not_safe(server: Bench) -> None:
+    solve(server)
+    server.follow("wrong/follows.md")
+    safe = server.check("safe")
+    assert safe.part == 0
+    assert safe.expected.startswith("link: ")
+
+
+def test_a_server_that_keeps_descriptors_is_seen(server: Bench) -> None:
+    solve(server)
+    server.follow("wrong/keeps.md")
+    clunk = server.check("clunk")
+    assert round(clunk.part, 2) == 0.67
+    assert "more" in clunk.found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "check", "said"),
+    [
+        ("raise failure(errno.EOPNOTSUPP)\n\n    def lopen", "while True: pass\n\n    def lopen", "walk", "it hangs"),
+        ("import errno", "import nothing\nimport errno", "walk", "has ended"),
+    ],
+)
+def test_a_server_that_is_broken_is_a_wrong_answer(server: Bench, old: str, new: str, check: str, said: str) -> None:
+    """And no trouble of the check's own."""
+    file = Path(server.look.out("host", 'echo "$LAB_WORK/server.py"').strip())
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+    verdict = server.check(check)
+    assert verdict.part == 0
+    assert said in verdict.expected + verdict.found
+
+
+def test_a_missing_server_is_named(server: Bench) -> None:
+    server.look.run("host", 'rm "$LAB_WORK/server.py"')
+    assert server.check("walk").found == "server.py: no such file"

@@ -10,7 +10,7 @@ from typing import Final
 from labkit.errors import CouldNotLookError
 from labkit.look import Look, Verdict, compare, failed, parts, passed
 
-HANDED_OUT: Final = ("probe.py", "start/host/rings.py", "start/host/serve.py")
+HANDED_OUT: Final = ("probe/probe.py", "start/host/rings.py", "start/host/serve.py")
 PYTHON: Final = "${XEN9P_PYTHON:-/opt/xen9p/bin/python3}"
 
 

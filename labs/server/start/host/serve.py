@@ -156,6 +156,8 @@ def talk(client: Client) -> None:
 
     step("Tversion", client.version)
     step("Tattach", client.attach)
+    if "Tattach" not in seen:
+        return
     root = seen["Tattach"]
     step("Tgetattr", lambda: oct(client.getattr(root).mode))
     step("Twalk", lambda: client.walk(root))
@@ -241,9 +243,10 @@ def await_state(store: XenStore, directory: str, wanted: tuple[XenbusState, ...]
 
 def remove(store: XenStore, link: Link, back: str, front: str) -> None:
     """Closes in order: what is mapped goes first, so that the guest can take its pages back."""
-    with suppress(Xen9pError):
+    if xenbus.state(store, front) is not None:
         store.write(f"{back}/state", str(int(XenbusState.CLOSING)))
-        await_state(store, front, (XenbusState.CLOSING, XenbusState.CLOSED), "the guest does not close")
+        with suppress(Xen9pError):
+            await_state(store, front, (XenbusState.CLOSING, XenbusState.CLOSED), "the guest does not close")
     link.close()
     store.write(f"{back}/state", str(int(XenbusState.CLOSED)))
     for path in (front, back):

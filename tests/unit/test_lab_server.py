@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 from lab_parts import Bench, bench
+from rings import MemoryLink, Ring
+from xen9p import codec
+from xen9p.errors import ProtocolError
+from xen9p.transport.memory import OUT_PROD, MemoryRing, MemoryRingTransport
 
 PROBED = ("walk", "data", "entries", "clunk", "safe")
 
@@ -74,3 +78,61 @@ def test_a_server_that_is_broken_is_a_wrong_answer(server: Bench, old: str, new:
 def test_a_missing_server_is_named(server: Bench) -> None:
     server.look.run("host", 'rm "$LAB_WORK/server.py"')
     assert server.check("walk").found == "server.py: no such file"
+
+
+# The ring that is handed out, against the one of the product.
+
+
+def pair(start_at: int = 0) -> tuple[MemoryRing, Ring, MemoryRingTransport]:
+    """A ring in memory whose indices begin somewhere, our end of it, and a client's."""
+    memory = MemoryRing(1)
+    memory.start_at(start_at)
+    return memory, MemoryLink(memory).rings[0], MemoryRingTransport(memory, timeout=1.0)
+
+
+@pytest.mark.parametrize("start_at", [0, 4090, (1 << 32) - 10])
+def test_messages_go_round_the_ring_and_round_the_indices(start_at: int) -> None:
+    _, ring, client = pair(start_at)
+    for number in range(20):
+        message = codec.encode(codec.Twalk(0, number, (b"n" * 200,)), number)
+        client.send(message)
+        assert ring.take(1000) == message
+        ring.put(message)
+        assert client.recv() == message
+    assert ring.take(1000) is None
+
+
+@pytest.mark.parametrize("size", [0, 6, 1001])
+def test_a_size_out_of_range_ends_it(size: int) -> None:
+    _, ring, client = pair()
+    client.send(size.to_bytes(4, "little") + bytes(6))
+    with pytest.raises(ProtocolError, match=f"a message of {size} bytes"):
+        ring.take(1000)
+
+
+def test_an_index_out_of_range_ends_it() -> None:
+    memory, ring, _ = pair()
+    memory.write_index(OUT_PROD, ring.half + 1)
+    with pytest.raises(ProtocolError, match="further apart"):
+        ring.take(1000)
+
+
+def test_a_message_that_is_not_all_there_waits() -> None:
+    memory, ring, client = pair()
+    client.send(codec.encode(codec.Tclunk(7), 1))
+    there = memory.index(OUT_PROD)
+    memory.write_index(OUT_PROD, there - 1)
+    assert ring.take(1000) is None
+    memory.write_index(OUT_PROD, there)
+    assert ring.take(1000) == codec.encode(codec.Tclunk(7), 1)
+
+
+def test_a_reply_waits_for_room_and_never_fills_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ring, client = pair()
+    whole = ring.half
+    message = whole.to_bytes(4, "little") + bytes(whole - 4)
+    monkeypatch.setattr("rings.PATIENCE", 0.05)
+    with pytest.raises(TimeoutError):
+        ring.put(message)
+    ring.put((whole - 1).to_bytes(4, "little") + bytes(whole - 5))
+    assert len(client.recv()) == whole - 1

@@ -33,7 +33,7 @@ from xen9p.xenstore import XenStore
 
 KIND: Final = "xen9p_lab"
 """A backend kind of our own, so that neither xen9pd nor QEMU takes the device for theirs."""
-RING_ORDER: Final = 5  # 64 KiB each way
+RING_ORDER: Final = 5  # of a ring in memory: 64 KiB each way
 PATIENCE: Final = 30.0  # seconds for the guest to offer rings, and to let go of them
 
 
@@ -208,7 +208,8 @@ def create(store: XenStore, domid: int, tag: str, back: str, front: str) -> None
             "tag": tag,
             "versions": "1",
             "max-rings": str(xenbus.MAX_RINGS),
-            "max-ring-page-order": str(RING_ORDER),
+            # Not less: Linux takes the least that any device had as the most for all that are mounted later.
+            "max-ring-page-order": str(xenbus.MAX_RING_ORDER),
             "state": str(int(XenbusState.INIT_WAIT)),
         },
         front: {"backend": back, "backend-id": "0", "tag": tag, "state": str(int(XenbusState.INITIALISING))},

@@ -711,6 +711,24 @@ def test_the_policys_block_is_a_policy(tmp_path: Path) -> None:
     ).student("ada")
     made = policy.parse("version = 1\n" + setup.policy_block(lab, student))
     assert [(r.guest, r.export, r.tag) for r in made.rules] == [("g7", "ada-0-own", "own")]
+    assert made.exports["ada-0-own"].path == Path("/srv/xen9p/labs/ada/my-lab/own")
+
+
+def test_all_of_the_part_can_be_an_export(tmp_path: Path) -> None:
+    """As it has no other subvolume, and only of one there are snapshots. Under its own name, as xen9pd has it."""
+    text = (scaffold.make("my-lab", tmp_path) / "lab.yml").read_text()
+    assert "name: own" in text
+    (tmp_path / "my-lab" / "lab.yml").write_text(text.replace("name: own", "name: own, path: ."))
+    student = courses.from_document(
+        {
+            "course": "x",
+            "seed": SEED,
+            "hosts": {"h": {"address": "192.0.2.1"}},
+            "students": [{"name": "ada", "host": "h", "guests": ["g7"]}],
+        }
+    ).student("ada")
+    block = setup.policy_block(spec.load("my-lab", tmp_path), student)
+    assert 'path = "/srv/xen9p/labs/ada/my-lab"' in block.splitlines()
 
 
 # The course file.

@@ -104,7 +104,7 @@ def policy_block(lab: Lab, student: Student) -> str:
         if export.attach == "none":
             continue
         name = export_name(lab, student, export.name)
-        path = f"{student.host.store}/labs/{student.name}/{lab.name}/{export.path}"
+        path = f"{student.host.store}/labs/{student.name}/{lab.name}/{export.path}".removesuffix("/.")
         lines += [f"[exports.{_toml(name)}]", f"path = {_toml(path)}"]
     for export in lab.exports:
         if export.attach == "none":

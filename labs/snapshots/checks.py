@@ -130,7 +130,9 @@ def _seen(look: Look, folder: str, a: int, b: int) -> Verdict:
         "host",
         f"""cd "$LAB_WORK" && sleep 1
         for n in $(seq {LOOKS}); do btrfs -q subvolume snapshot -r "$part" "$part".look-$n > /dev/null; sleep 0.23; done
-        for n in $(seq {LOOKS}); do timeout 5 sh ./balance "$part".look-$n/{folder} 2>&1 < /dev/null | tail -n 1; done""",
+        for n in $(seq {LOOKS}); do
+          timeout 5 sh ./balance "$part".look-$n/{folder} 2>&1 < /dev/null | tail -n 1
+        done""",
     )
     seen = list(_balances(said))
     numbers = [one for one in seen if one is not None]

@@ -18,7 +18,7 @@ GUESTS = ("guest", "guest2")
 SMALL = 60000
 """Bytes of all small files together."""
 FULL, MOST = 0.985, 0.9
-"""Which part of what is equal in both guests has to be shared for all of the points of `improve`, and for 0.7 of them."""
+"""Which part of what is equal has to be shared for all of the points of `improve`, and for 0.7 of them."""
 PLACES = """find {} -type f -exec filefrag -v -b4096 {{}} + 2>/dev/null"""
 
 

@@ -210,6 +210,18 @@ def test_a_reset_that_was_cut_off_is_done_anew(room: Classroom, left: str) -> No
 
 
 @needs_btrfs
+def test_a_reset_that_was_cut_off_without_the_folder_is_done_anew(room: Classroom) -> None:
+    """What a lab takes away itself needs the values, and their file went with the folder."""
+    lab = dataclasses.replace(SAMPLE, reset={"host": 'rm -f "$ROOT/root/made-by-$file"'})
+    made = room.lab(lab=lab)
+    made.start()
+    (room.host() / "root" / f"made-by-{setup.values_of(lab, room.student())['file']}").write_text("x")
+    (room.work() / "values").unlink()
+    made.reset()
+    assert not list((room.host() / "root").glob("made-by-*"))
+
+
+@needs_btrfs
 def test_what_a_reset_leaves_is_said(room: Classroom) -> None:
     """Somewhere that only `left` of lab.yml knows of."""
     lab = dataclasses.replace(SAMPLE, left={"host": 'ls "$ROOT/root"'})

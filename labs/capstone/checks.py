@@ -16,7 +16,7 @@ from labkit.errors import CouldNotLookError
 from labkit.look import Look, Verdict, compare, failed, parse_metrics, partial, parts, passed
 
 GUESTS = ("guest", "guest2")
-TAGS = ("tree", "user")
+TAGS = ("build", "build-user")
 ROUNDS = 2
 OBJECT = 67
 """Bytes of an object, a line of sha256sum(1)."""
@@ -43,9 +43,11 @@ print(app.hexdigest())
 """
 """Changes the nonce and one unit, sizes stay; prints the checksum of what the app has to be then."""
 
-# What the given build does, on the disk.
-TWIN = """cd /mnt/twin && rm -rf out && echo {nonce} > include/nonce && sync -f . || exit 3
-echo 3 > /proc/sys/vm/drop_caches; {stat}
+# What the given build does, on the disk, with none of the sources in the page cache (dd(1)). All caches must not be
+# dropped: the guest's own root, with its programs, would have to come again as well, and the times would be of that.
+TWIN = """cd /mnt/disk && rm -rf out && echo {nonce} > include/nonce && sync -f . || exit 3
+for each in include/* src/*; do dd if="$each" iflag=nocache count=0 status=none; done
+{stat}
 {now}
 mkdir -p out
 for unit in src/*; do
@@ -56,14 +58,14 @@ done
 cat out/*.o > out/app
 {now}
 sync -f .; {stat}"""
-MINE = """echo 3 > /proc/sys/vm/drop_caches; cd "$LAB_WORK" && {stat}
+MINE = """cd "$LAB_WORK" && {stat}
 {now}
-timeout 20 sh ./build /mnt/tree {number} {count} >&2 < /dev/null
+timeout 20 sh ./build /mnt/build {number} {count} >&2 < /dev/null
 code=$?
 {now}
 {stat}; exit $code"""
 # Requests and sectors read, the same written, of the disk (Documentation/block/stat.rst).
-STAT = """awk '{ print "stat", $1, $3, $5, $7 }' "/sys/dev/block/$(mountpoint -d /mnt/twin)/stat" """
+STAT = """awk '{ print "stat", $1, $3, $5, $7 }' "/sys/dev/block/$(mountpoint -d /mnt/disk)/stat" """
 NOW = "date +'time %s%N'"
 
 
@@ -112,11 +114,11 @@ def predict(look: Look) -> Verdict:
 def twins(look: Look) -> Verdict:
     """Each guest has the tree on a disk of its own."""
     wanted = look.out("host", 'cd "$part/tree" && cat include/common && ls src').encode()
-    script = "stat -f -c %T /mnt/twin; cd /mnt/twin && cat include/common && ls src"
+    script = "stat -f -c %T /mnt/disk; cd /mnt/disk && cat include/common && ls src"
     for place in GUESTS:
         kind, _, there = look.out(place, script).partition("\n")
         if not kind.startswith("ext"):
-            return failed("an ext4 at /mnt/twin in both guests", f"{kind or 'nothing'} in ${place}")
+            return failed("an ext4 at /mnt/disk in both guests", f"{kind or 'nothing'} in ${place}")
         if there.encode() != wanted:
             return failed("the same include/common and src in it", f"something else in ${place}")
     return passed()
@@ -125,8 +127,8 @@ def twins(look: Look) -> Verdict:
 def race(look: Look) -> Verdict:
     """The student's build against the given one on disks."""
     for place in GUESTS:
-        if look.run(place, "grep -q ' /mnt/tree ' /proc/mounts && [ -d /mnt/tree/src ]").code != 0:
-            return failed("the tree at /mnt/tree in both guests", f"not in ${place}")
+        if look.run(place, "grep -q ' /mnt/build ' /proc/mounts && [ -d /mnt/build/src ]").code != 0:
+            return failed("the tree at /mnt/build in both guests", f"not in ${place}")
     mine, theirs = Work(), Work()
     before = _metrics(look)
     for _ in range(ROUNDS):

@@ -73,7 +73,7 @@ def predict(look: Look) -> Verdict:
     what = package(look, int(look.values["start"]))
     found = look.out("host", 'cd "$part" && cat {one,two}/lib/common 2>/dev/null | sha256sum').split()
     if found[:1] != [sha256(what.common * 2).hexdigest()]:
-        return failed("sh install /mnt/data, in both guests", "not installed in both of them")
+        return failed("sh install /mnt/drift, in both guests", "not installed in both of them")
     share = len(what.boot) + len(what.common)
     return parts(
         {
@@ -97,7 +97,7 @@ def shared(look: Look) -> Verdict:
     one, two = (blocks(found[name].out) for name in ("one", "two"))
     wanted = len(what.boot) + len(what.common)
     if not one or not two:
-        return failed("sh install /mnt/data, in both guests", "not installed in both of them")
+        return failed("sh install /mnt/drift, in both guests", "not installed in both of them")
     same = len(one & two) * 4096
     if same < 0.95 * wanted:
         return failed(
@@ -105,7 +105,7 @@ def shared(look: Look) -> Verdict:
         )
     right = sha256(what.boot + what.common).hexdigest()
     for place in GUESTS:
-        if right not in look.out(place, f"cd /mnt/data && cat {names} | sha256sum"):
+        if right not in look.out(place, f"cd /mnt/drift && cat {names} | sha256sum"):
             return partial(0.5, "both guests still read what they have installed", f"${place} reads something else")
     return passed()
 
@@ -134,16 +134,17 @@ def improve(look: Look) -> Verdict:
     """The student's installer, with a number that nobody knew: what of its files is shared after a run."""
     number = 1000000 + secrets.randbelow(3000000)
     script = (
-        'cd "$LAB_WORK" && grep -q " /mnt/data " /proc/mounts || exit 3\n'
-        f"rm -rf /mnt/data/look; timeout 25 sh ./install /mnt/data/look {number} >&2 </dev/null && sync -f /mnt/data\n"
-        "timeout 15 sh ./show /mnt/data/look </dev/null | sha256sum"
+        'cd "$LAB_WORK" && grep -q " /mnt/drift " /proc/mounts || exit 3\n'
+        f"rm -rf /mnt/drift/look; timeout 25 sh ./install /mnt/drift/look {number} >&2 </dev/null\n"
+        "sync -f /mnt/drift\n"
+        "timeout 15 sh ./show /mnt/drift/look </dev/null | sha256sum"
     )
     try:
         with ThreadPoolExecutor(2) as pool:
             done = list(pool.map(lambda place: look.run(place, script), GUESTS))
         for place, one in zip(GUESTS, done, strict=True):
             if one.code == 3:
-                return failed("data mounted at /mnt/data in both guests", f"it is not in ${place}")
+                return failed("drift mounted at /mnt/drift in both guests", f"it is not in ${place}")
             if one.out[:64] != shown(look, place, number):
                 return failed(
                     "sh install DIRECTORY NUMBER, and then from show the same bytes as at the start",

@@ -37,7 +37,7 @@ def back(look: Look) -> Verdict:
     was, now = found["was"].out.splitlines(), found["is"].out.splitlines()
     kept = END in found["diary"].out
     if not kept and was == now:  # down to the number of the inode
-        return failed("sh disaster /mnt/work, in the guest", "nothing has happened yet")
+        return failed("sh disaster /mnt/keep, in the guest", "nothing has happened yet")
     if not found["early"].out.strip():
         return failed("a snapshot from before the disaster", "none has all that was there then")
     broken = str(look.values["broken"])
@@ -106,18 +106,21 @@ def ledger(look: Look) -> Verdict:
     began = look.run(
         "guest",
         f"""mine=
-        grep -q ' /mnt/slow ' /proc/mounts || {{ mkdir -p /mnt/slow && {MOUNT} slow /mnt/slow && mine=mine; }} || exit 3
-        cd "$LAB_WORK" && setsid sh ./ledger /mnt/slow/{folder} > /dev/null 2>&1 < /dev/null &
+        if ! grep -q ' /mnt/keep-slow ' /proc/mounts; then
+          mkdir -p /mnt/keep-slow && {MOUNT} keep-slow /mnt/keep-slow || exit 3
+          mine=mine
+        fi
+        cd "$LAB_WORK" && setsid sh ./ledger /mnt/keep-slow/{folder} > /dev/null 2>&1 < /dev/null &
         echo $! $mine""",
     )
     try:
         if began.code == 3:
-            raise CouldNotLookError(f"the device slow cannot be mounted: {began.said}", "lab reset snapshots")
+            raise CouldNotLookError(f"the device keep-slow cannot be mounted: {began.said}", "lab reset snapshots")
         return _seen(look, folder, a, b)
     finally:
         pid, _, mine = began.out.strip().partition(" ")
         end = f"kill -9 -{pid} {pid} 2>/dev/null\n" if pid.isdigit() else ""
-        look.run("guest", end + ("umount -l /mnt/slow; rmdir /mnt/slow" if mine else "true"))
+        look.run("guest", end + ("umount -l /mnt/keep-slow; rmdir /mnt/keep-slow" if mine else "true"))
         look.run(
             "host",
             f"""rm -rf "${{part:?}}/{folder}"

@@ -110,7 +110,8 @@ def ledger(look: Look) -> Verdict:
           mkdir -p /mnt/keep-slow && {MOUNT} keep-slow /mnt/keep-slow || exit 3
           mine=mine
         fi
-        cd "$LAB_WORK" && setsid sh ./ledger /mnt/keep-slow/{folder} > /dev/null 2>&1 < /dev/null &
+        cd "$LAB_WORK" || exit 3
+        setsid sh ./ledger /mnt/keep-slow/{folder} > /dev/null 2>&1 < /dev/null &
         echo $! $mine""",
     )
     try:

@@ -20,7 +20,7 @@ TAGS = ("build", "build-user")
 ROUNDS = 2
 OBJECT = 68
 """Bytes of an object, a line of sha256sum(1)."""
-STEPS = {"requests": (1.5, 4.0), "read": (1.2, 3.0), "written": (0.1, 0.3), "time": (1.5, 3.0)}
+STEPS = {"requests": (2.5, 6.0), "read": (1.2, 3.0), "written": (0.1, 0.3), "time": (1.5, 3.0)}
 """What the student's build may cost of what the block path does, for all of the points and for half of them."""
 
 PREPARE = """
@@ -150,18 +150,29 @@ def race(look: Look) -> Verdict:
     mine.written += after["written_bytes"] - before["written_bytes"]
     if mine.requests <= 0:
         raise CouldNotLookError("the counters went back", "a device was attached anew meanwhile: check again")
-    return _score(mine, theirs)
+    verdict = score(mine, theirs)
+    lines = [f"{name}: {a:.6g} of {b:.6g}, {a / b:.2f}" for name, (a, b) in amounts(mine, theirs).items()]
+    look.run("host", "cat > \"$LAB_WORK/race\" <<'END'\n" + "\n".join(lines) + "\nEND")
+    return verdict
 
 
-def _score(mine: Work, theirs: Work) -> Verdict:
-    ratios = {
-        "requests": mine.requests / theirs.requests,
-        "read": mine.read / theirs.read,
-        "written": mine.written / theirs.written,
-        "time": min(mine.times) / min(theirs.times),
+def amounts(mine: Work, theirs: Work) -> dict[str, tuple[float, float]]:
+    """What each of both took, by name."""
+    return {
+        "requests": (mine.requests, theirs.requests),
+        "read": (mine.read, theirs.read),
+        "written": (mine.written, theirs.written),
+        "time": (min(mine.times), min(theirs.times)),
     }
+
+
+def score(mine: Work, theirs: Work) -> Verdict:
+    """The ratios, step by step. CouldNotLookError if the rival did nothing that can be compared with."""
     verdicts = {"result": passed()}
-    for name, ratio in ratios.items():
+    for name, (mine_took, theirs_took) in amounts(mine, theirs).items():
+        if theirs_took <= 0:
+            raise CouldNotLookError(f"the build on the disks has no {name}", "are they disks of the guests' own?")
+        ratio = mine_took / theirs_took
         full, half = STEPS[name]
         wish, is_so = f"at most {full:g} of what the disks take", f"{ratio:.2f}"
         verdicts[name] = (

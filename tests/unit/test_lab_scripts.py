@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from labkit import course, guide, look, setup, spec, transport
+from labkit.errors import CouldNotLookError
 from labkit.look import Look
 
 NAME = socket.gethostname()
@@ -126,6 +127,31 @@ def test_the_capstones_solution_makes_the_same_in_parts_and_anew(tree: Path, tmp
         run(both, tmp_path, mine)
         assert hashlib.sha256((tree / "out" / "app").read_bytes()).hexdigest() == wanted
     assert not [path for path in Path("/dev/shm").glob("head.*") if path.stat().st_mtime > tree.stat().st_mtime]
+
+
+def test_the_capstones_race_is_scored_by_ratios_step_by_step() -> None:
+    module = checks("capstone")
+    theirs, mine = module.Work(), module.Work()
+    for begin in (1_000, 2_000):
+        said = f"stat 100 8 50 16\ntime {begin}000000000\ntime {begin + 4}000000000\nstat 110 208 60 2016\n"
+        theirs.count([said, said], writes=True)
+        theirs.took([said, said])
+    assert (theirs.requests, theirs.read, theirs.written, theirs.times) == (
+        80,
+        4 * 200 * 512,
+        4 * 2000 * 512,
+        [4.0, 4.0],
+    )
+    mine = module.Work(requests=0.1, read=0.1, written=0.1, times=[9.0, 2.0])
+    assert module.score(mine, theirs).part == 1
+    steps = module.STEPS
+    assert {name for name, _ in module.amounts(mine, theirs).items()} == set(steps)
+    half = module.Work(80 * steps["requests"][1], theirs.read * steps["read"][1], theirs.written * 9, times=[4.0, 8.0])
+    found = module.score(half, theirs)
+    assert found.part == pytest.approx((1 + 0.5 + 0.5 + 0 + 1) / 5)
+    assert "written: 9.00" in found.found
+    with pytest.raises(CouldNotLookError, match="has no read"):
+        module.score(mine, module.Work(1, 0, 1, [1.0]))
 
 
 def test_who_tampers_in_the_lab_snapshots_leaves_size_and_time(tmp_path: Path) -> None:

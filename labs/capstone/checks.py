@@ -22,7 +22,7 @@ OBJECT = 68
 """Bytes of an object, a line of sha256sum(1)."""
 STEPS = {"requests": (4.5, 9.0), "read": (1.2, 3.0), "written": (0.1, 0.3), "time": (1.5, 3.0)}
 """What the student's build may cost of what the block path does, for all of the points and for half of them. Once, on
-the nested host while others were at work there, the solution took: requests 3.29, read 0.85, written 0.00, time 0.78."""
+the nested host while others worked there, the solution took: requests 3.29, read 0.85, written 0.00, time 0.78."""
 
 PREPARE = """
 import hashlib, os, random, sys

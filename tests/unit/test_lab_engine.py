@@ -212,6 +212,18 @@ def test_a_reset_that_was_cut_off_is_done_anew(room: Classroom, left: str) -> No
 
 
 @needs_btrfs
+def test_a_reset_that_was_cut_off_without_the_folder_is_done_anew(room: Classroom) -> None:
+    """What a lab takes away itself needs the values, and their file went with the folder."""
+    lab = dataclasses.replace(SAMPLE, reset={"host": 'rm -f "$ROOT/root/made-by-$file"'})
+    made = room.lab(lab=lab)
+    made.start()
+    (room.host() / "root" / f"made-by-{setup.values_of(lab, room.student())['file']}").write_text("x")
+    (room.work() / "values").unlink()
+    made.reset()
+    assert not list((room.host() / "root").glob("made-by-*"))
+
+
+@needs_btrfs
 def test_what_a_reset_leaves_is_said(room: Classroom) -> None:
     """Somewhere that only `left` of lab.yml knows of."""
     lab = dataclasses.replace(SAMPLE, left={"host": 'ls "$ROOT/root"'})
@@ -799,6 +811,24 @@ def test_the_policys_block_is_a_policy(tmp_path: Path) -> None:
     ).student("ada")
     made = policy.parse("version = 1\n" + setup.policy_block(lab, student))
     assert [(r.guest, r.export, r.tag) for r in made.rules] == [("g7", "ada-0-own", "own")]
+    assert made.exports["ada-0-own"].path == Path("/srv/xen9p/labs/ada/my-lab/own")
+
+
+def test_all_of_the_part_can_be_an_export(tmp_path: Path) -> None:
+    """As it has no other subvolume, and only of one there are snapshots. Under its own name, as xen9pd has it."""
+    text = (scaffold.make("my-lab", tmp_path) / "lab.yml").read_text()
+    assert "name: own" in text
+    (tmp_path / "my-lab" / "lab.yml").write_text(text.replace("name: own", "name: own, path: ."))
+    student = courses.from_document(
+        {
+            "course": "x",
+            "seed": SEED,
+            "hosts": {"h": {"address": "192.0.2.1"}},
+            "students": [{"name": "ada", "host": "h", "guests": ["g7"]}],
+        }
+    ).student("ada")
+    block = setup.policy_block(spec.load("my-lab", tmp_path), student)
+    assert 'path = "/srv/xen9p/labs/ada/my-lab"' in block.splitlines()
 
 
 # The course file.

@@ -104,7 +104,7 @@ def policy_block(lab: Lab, student: Student) -> str:
         if export.attach == "none":
             continue
         name = export_name(lab, student, export.name)
-        path = f"{student.host.store}/labs/{student.name}/{lab.name}/{export.path}"
+        path = f"{student.host.store}/labs/{student.name}/{lab.name}/{export.path}".removesuffix("/.")
         lines += [f"[exports.{_toml(name)}]", f"path = {_toml(path)}"]
     for export in lab.exports:
         if export.attach == "none":
@@ -304,7 +304,8 @@ class Setup:
 
     def _clear(self) -> None:
         end = _b64((SCRIPTS / "end.py").read_text())
-        load = f'[ ! -r "{self.paths.work}/values" ] || . "{self.paths.work}/values"\n'
+        # Not from the file: a reset that was cut off has taken it away.
+        load = values_file(self.lab, self.student)
         for place in self.guests:
             self.say(f"{self.system.name(place)}: processes, mounts, working folder")
             variables = self._variables() | {"end": end, "cleanup": quote(self.lab.reset.get("guest", ""))}

@@ -63,7 +63,7 @@ give() {
   for try in $(seq 40); do
     said=$(xen9p attach "$1" "$2" --tag "$3" 2>&1 </dev/null) && return
     case $said in
-    *"has tag"*) return ;;
+    *"has tag"*) return 0 ;;
     *"is running"*) fail "$1 does not run: xl create /etc/xen/$1.cfg" ;;
     esac
     sleep 0.5

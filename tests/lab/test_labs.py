@@ -17,6 +17,7 @@ from labkit import course, grade, guide, setup, spec, state, transport
 from labkit.grade import Graded
 from labkit.spec import Wrong
 
+pytestmark = pytest.mark.long
 LABS = [name for name in os.environ.get("XEN9P_LABS_TRIED", "").split(",") if name] or spec.names()
 COURSE = course.from_document(
     {

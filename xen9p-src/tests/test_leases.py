@@ -316,7 +316,7 @@ def test_repetition_keeps_nothing(export: Path) -> None:
             work()
         before = descriptors()
         assert growth(work) < HEAP_SLACK
-        assert descriptors() == before
+        assert descriptors() <= before
         assert table.stats()["sessions"] == 0
 
 

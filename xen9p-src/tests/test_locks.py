@@ -385,7 +385,7 @@ def test_exclusion_holds_under_load(export: Path) -> None:
             rings, _served = stack.enter_context(serve_memory(export, rings=2))
             first, root = Client.connect(MemoryRingTransport(rings[0]))
             second = Client(MemoryRingTransport(rings[1]), msize=first.msize)
-            second._next_fid, second._next_tag = 1000, 30_000  # both are the device's and not a ring's
+            second._fids._next, second._next_tag = 1000, 30_000  # both are the device's and not a ring's
             stack.callback(first.close)
             stack.callback(second.close)
             works += [lambda c=first, r=root: count(c, r, 1), lambda c=second, r=root: count(c, r, 2)]

@@ -86,7 +86,7 @@ def fewer(look: Look) -> Verdict:
     if not wanted:
         raise CouldNotLookError("the files of the workload are gone", "lab reset translations brings them back")
     before = look.counters("guest", "work")
-    done = look.run("guest", "timeout 40 sh ./workload /mnt/work 2>&1 </dev/null")
+    done = look.run("guest", 'cd "$LAB_WORK" && timeout 40 sh ./workload /mnt/work 2>&1 </dev/null')
     after = look.counters("guest", "work")
     said = done.out.strip()
     if said.split()[:1] != wanted.split()[:1]:

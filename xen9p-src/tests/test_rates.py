@@ -390,12 +390,15 @@ def test_the_same_rate_again_forgives_nothing(export: Path) -> None:
     limits = Limits(ops_per_second=100)
     with memory_session(export, limits=limits) as session:
         spent(session)
+        held = 0
         for _ in range(20):
             before = session.served.device.stats()["throttled"]
             session.served.device.set_limits(limits)
             for _ in range(5):
                 session.client.getattr(session.root)
-            assert session.served.device.stats()["throttled"] > before
+            held += session.served.device.stats()["throttled"] > before
+        # Not 20: a machine that is busy elsewhere for 50 ms earns some messages. Were the debt forgiven, none were held.
+        assert held >= 5
 
 
 def test_fids_and_queue_change_too(export: Path) -> None:

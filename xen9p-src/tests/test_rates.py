@@ -397,7 +397,7 @@ def test_the_same_rate_again_forgives_nothing(export: Path) -> None:
             for _ in range(5):
                 session.client.getattr(session.root)
             held += session.served.device.stats()["throttled"] > before
-        # Not 20: a machine that is busy elsewhere for 50 ms earns some messages. Were the debt forgiven, none were held.
+        # Not 20: a machine that is busy elsewhere for 50 ms earns some. Were the debt forgiven, none were held.
         assert held >= 5
 
 

@@ -37,7 +37,7 @@ def test_what_a_worker_may(dom0: Dom0, guest: str, tag: str) -> None:
 
 @EACH
 def test_what_a_worker_sees(dom0: Dom0, guest: str, tag: str) -> None:
-    """A root of its own: the export, the tree that a guest's root was cloned from, its own proc; nothing of the host."""
+    """A root of its own: the export, the tree that a root was cloned from, its own proc; nothing of the host."""
     pid = worker(dom0, guest, tag)
     trees = ["export", "origin"] if tag == "root" else ["export"]
     mounts = [line.split() for line in dom0.out(f"cat /proc/{pid}/mountinfo").splitlines()]

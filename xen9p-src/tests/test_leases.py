@@ -297,6 +297,24 @@ def test_what_waits_can_be_flushed(export: Path) -> None:
         assert codec.decode(a.client.transport.recv(HANG)) == (101, codec.Rflush())
 
 
+def test_a_new_session_answers_what_waits(export: Path) -> None:
+    """A Tversion ends what waits for others, and that is said."""
+    (export / "f").write_bytes(b"old")
+    with two(export, 60) as (a, b, _):
+        a.lease()
+        a.key(b"f")
+        fid = _open(b.client, b.root, os.O_WRONLY)
+        transport = b.client.transport
+        transport.send(codec.encode(codec.Twrite(fid, 0, b"new"), 100))
+        until = time.monotonic() + HANG
+        while not b.served.device.lease_stats()["waits"]:
+            assert time.monotonic() < until
+        transport.send(codec.encode(codec.Tversion(8192, b"9P2000.L"), codec.NOTAG))
+        assert codec.decode(transport.recv(HANG)) == (100, codec.Rlerror(125))  # ECANCELED
+        assert codec.decode(transport.recv(HANG)) == (codec.NOTAG, codec.Rversion(8192, b"9P2000.L"))
+        assert (export / "f").read_bytes() == b"old"
+
+
 def test_repetition_keeps_nothing(export: Path) -> None:
     (export / "f").write_bytes(b"old")
     with two(export, 30) as (a, b, table):

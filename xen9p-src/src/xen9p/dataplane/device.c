@@ -633,18 +633,19 @@ void dev_unpark(struct x9_dev *dev, struct x9_req *req)
     push(fs_is_cold(req->type) ? &dev->cold : &dev->pool, req);
 }
 
-/* Drops what is parked: it has not begun, and nobody wants an answer any more. */
-void dev_drop_parked(struct x9_dev *dev)
+/* What is parked has not begun, and does not any more: it is answered, as everything that a guest asks. */
+void dev_cancel_parked(struct x9_dev *dev)
 {
     pthread_mutex_lock(&dev->lock);
     struct x9_req *all = dev->lease.parked, *req;
     dev->lease.parked = NULL;
     for (req = all; req; req = req->next)
-        unlive(dev, req);
+        req->running = true, req->parked = false;
     pthread_mutex_unlock(&dev->lock);
     while ((req = all)) {
         all = req->next;
-        req_free(req);
+        obs_start(&req->note);
+        x9_reply_errno(dev, req, ECANCELED);
     }
 }
 

@@ -408,7 +408,7 @@ void lease_end(struct x9_dev *dev)
         return;
     lapsed(dev);
     end_session(dev);
-    dev_drop_parked(dev);
+    dev_cancel_parked(dev);
 }
 
 /* Has a device take part in a table, which stays the caller's and must outlive it. Before it serves. A term of 0: its

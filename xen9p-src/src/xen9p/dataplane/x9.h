@@ -511,7 +511,7 @@ int h_lease(struct x9_call *call);
 int h_revoke(struct x9_call *call);
 int lease_poll_later(struct x9_call *call);
 void dev_unpark(struct x9_dev *dev, struct x9_req *req);
-void dev_drop_parked(struct x9_dev *dev);
+void dev_cancel_parked(struct x9_dev *dev);
 
 int h_lock(struct x9_call *call);
 int h_getlock(struct x9_call *call);

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
-import shutil
 import socket
 import statistics
 import subprocess
@@ -23,14 +21,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "xen9p-src" / "src"))
 
-from bench_chart import STYLE
+import bench_store
+from bench_store import BenchError, bars_chart, run
 from xen9p import page_cache
 from xen9p.cache_policy import Context
 from xen9p.cache_runner import CacheRunner, Memory
@@ -55,19 +52,6 @@ BOOTS = {
     "warm": "all in memory, nothing read ahead",
     "warm-ahead": "all in memory, read ahead of all the same",
 }
-
-
-class BenchError(Exception):
-    """One line: what is wrong."""
-
-
-def run(*command: object) -> str:
-    """What a command prints; BenchError if it fails."""
-    words = [str(word) for word in command]
-    done = subprocess.run(words, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise BenchError(f"{' '.join(words[:3])}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
-    return str(done.stdout)
 
 
 # The machine.
@@ -550,37 +534,22 @@ def page(run_: dict[str, Any]) -> str:
 
 def chart(run_: dict[str, Any]) -> str:
     """The boots as bars, in SVG."""
-    width, left, height, y = 760, 330, 20, 44
-    title = "Seconds of a boot, on a hard disk (dark) and with the disk as it is"
-    parts = [f'<text class="head" x="0" y="16">{escape(title)}</text>']
-    most = max(median(rows) for boots in run_["boots"].values() for rows in boots.values())
+    groups = []
     for name, label in BOOTS.items():
-        short = escape(label if len(label) < 48 else f"{label[:46]}…")
-        parts.append(f'<text x="{left - 10}" y="{y + height + 4}" text-anchor="end">{short}</text>')
-        for kind, css in (("disk", "ours"), ("plain", "fuse")):
-            seconds = median(run_["boots"][kind][name])
-            length = seconds / most * (width - left - 70)
-            parts.append(f'<rect class="{css}" x="{left}" y="{y + 1}" width="{length:.1f}" height="{height - 2}"/>')
-            parts.append(f'<text class="quiet" x="{left + length + 6:.1f}" y="{y + 14}">{seconds:.2f}</text>')
-            y += height
-        y += 12
-    body = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" role="img" aria-label="{escape(title)}">\n'
-        f"<style>{STYLE}</style>\n{body}\n</svg>\n"
-    )
+        both = [(css, median(run_["boots"][kind][name])) for kind, css in (("disk", "ours"), ("plain", "fuse"))]
+        short = label if len(label) < 48 else f"{label[:46]}…"
+        groups.append((short, [(css, seconds, f"{seconds:.2f}") for css, seconds in both]))
+    title = "Seconds of a boot, on a hard disk (dark) and with the disk as it is"
+    return bars_chart(title, groups, left=330, room=70, top=44, bar=20)
 
 
 def missing() -> str:
     """What keeps this from being run here, in words."""
-    if os.geteuid():
-        return "it mounts filesystems: run it as root (sudo make bench-cache)"
-    for tool, package in (("mkfs.btrfs", "btrfs-progs"), ("mke2fs", "e2fsprogs"), ("losetup", "mount")):
-        if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
-            return f"{tool} is missing: apt-get install {package}"
+    if problem := bench_store.missing("bench-cache"):
+        return problem
     if subprocess.run(["/usr/bin/python3", "-c", "import pyfuse3"], check=False, capture_output=True).returncode:
         return "Debian's pyfuse3 is missing: apt-get install python3-pyfuse3"
-    return "" if Path("/dev/loop-control").exists() else "there are no loop devices: modprobe loop"
+    return ""
 
 
 def main() -> int:
@@ -600,7 +569,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / ".lab/cache.json", metavar="FILE.json")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write the documentation's page and chart, too")
     given = parser.parse_args()
-    sizes = {n: getattr(given, n) for n in ("rounds", "tree_mib", "clones", "memory_mib", "hot_mib", "stream_mib")}
+    sizes: dict[str, Any] = {
+        n: getattr(given, n) for n in ("rounds", "tree_mib", "clones", "memory_mib", "hot_mib", "stream_mib")
+    }
     problem = missing()
     if not problem and (given.clones < 2 or min(sizes.values()) < 1 or not 0 <= given.think <= 1):
         problem = "--clones is 2 or more, --think from 0 to 1, and the others are 1 or more"
@@ -613,21 +584,15 @@ def main() -> int:
         print(f"bench_cache: {error}", file=sys.stderr)
         return 1
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "kernel": platform.release(),
-        "processors": os.cpu_count(),
+        **bench_store.machine(),
         "sizes": sizes | {"think": given.think},
         **found,
         "bars": bars(found),
     }
-    given.results.parent.mkdir(parents=True, exist_ok=True)
-    given.results.write_text(json.dumps(result, indent=1) + "\n")
-    print(page(result))
-    print(f"all figures: {given.results}")
+    docs = {}
     if given.docs:
-        given.docs.mkdir(parents=True, exist_ok=True)
-        (given.docs / "cache.md").write_text(page(result))
-        (given.docs / "cache.svg").write_text(chart(result))
+        docs = {given.docs / "cache.md": page(result), given.docs / "cache.svg": chart(result)}
+    bench_store.publish(result, given.results, page(result), docs)
     return 0
 
 

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -20,12 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench_chart import STYLE
+import bench_store
+from bench_store import BenchError, bars_chart, run
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
@@ -38,19 +36,6 @@ SIDES = {
     "images-4k": "duperemove on disk images, 4 KiB",
 }
 PROGRAM = [sys.executable, "-c", "import sys; from xen9p.cli import main; sys.exit(main())", "dedup"]
-
-
-class BenchError(Exception):
-    """One line: what is wrong."""
-
-
-def run(*command: object, **more: Any) -> str:
-    """What a command prints; BenchError if it fails."""
-    words = [str(word) for word in command]
-    done = subprocess.run(words, check=False, capture_output=True, text=True, **more)
-    if done.returncode:
-        raise BenchError(f"{' '.join(words[:3])}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
-    return str(done.stdout)
 
 
 @contextmanager
@@ -385,35 +370,18 @@ def page(run_: dict[str, Any]) -> str:
 
 def chart(run_: dict[str, Any]) -> str:
     """Two bars a side, MiB read and MiB saved, as SVG."""
-    left, width, height = 290, 760, 18
-    sides = run_["sides"]
-    most = max(max(one["read"], one["saved"]) for one in sides.values())
+    kinds = (("read", "theirs"), ("saved", "ours"))
+    groups = [
+        (SIDES[name], [(css, one[kind], f"{mib(one[kind])} {kind}") for kind, css in kinds])
+        for name, one in run_["sides"].items()
+    ]
     title = f"MiB read and saved, {run_['sizes']['guests']} drifted guests"
-    parts = [f'<text class="head" x="0" y="16">{escape(title)}</text>']
-    y = 34
-    for name, one in sides.items():
-        parts.append(f'<text x="{left - 10}" y="{y + height + 4}" text-anchor="end">{escape(SIDES[name])}</text>')
-        for kind, css in (("read", "theirs"), ("saved", "ours")):
-            length = max(one[kind], 0) / most * (width - left - 130)
-            parts.append(f'<rect class="{css}" x="{left}" y="{y + 1}" width="{length:.1f}" height="{height - 2}"/>')
-            parts.append(f'<text class="quiet" x="{left + length + 6:.1f}" y="{y + 14}">{mib(one[kind])} {kind}</text>')
-            y += height
-        y += 12
-    body = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" role="img" aria-label="{escape(title)}">\n'
-        f"<style>{STYLE}</style>\n{body}\n</svg>\n"
-    )
+    return bars_chart(title, groups, left=290, room=130, top=34, bar=18)
 
 
 def missing() -> str:
     """What keeps this from being run here, in words."""
-    if os.geteuid():
-        return "it mounts filesystems: run it as root (sudo make bench-dedup)"
-    for tool, package in (("mkfs.btrfs", "btrfs-progs"), ("mke2fs", "e2fsprogs"), ("losetup", "mount")):
-        if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
-            return f"{tool} is missing: apt-get install {package}"
-    return "" if Path("/dev/loop-control").exists() else "there are no loop devices: modprobe loop"
+    return bench_store.missing("bench-dedup")
 
 
 def main() -> int:
@@ -445,22 +413,11 @@ def main() -> int:
         print(f"bench_dedup: {error}", file=sys.stderr)
         return 1
     sizes = {name: getattr(given, name) for name in ("guests", "golden_mib", "packages_mib", "noise_mib")}
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "kernel": platform.release(),
-        "processors": os.cpu_count(),
-        "sizes": sizes,
-        **found,
-        "bars": bars(found),
-    }
-    given.results.parent.mkdir(parents=True, exist_ok=True)
-    given.results.write_text(json.dumps(result, indent=1) + "\n")
-    print(page(result))
-    print(f"all figures: {given.results}")
+    result: dict[str, Any] = {**bench_store.machine(), "sizes": sizes, **found, "bars": bars(found)}
+    docs = {}
     if given.docs:
-        given.docs.mkdir(parents=True, exist_ok=True)
-        (given.docs / "dedup.md").write_text(page(result))
-        (given.docs / "dedup.svg").write_text(chart(result))
+        docs = {given.docs / "dedup.md": page(result), given.docs / "dedup.svg": chart(result)}
+    bench_store.publish(result, given.results, page(result), docs)
     return 0
 
 

@@ -103,46 +103,30 @@ def page(run: Mapping[str, Any], found: Sequence[Result], name: str) -> str:
 
 def full_page(run: Mapping[str, Any], name: str) -> str:
     """Return the page of the full benchmark, in Markdown."""
-    lines = [
-        "# Full benchmark",
-        "",
-        "<!-- Written by tools/bench_report.py from a run of `make bench`: changes are lost. -->",
-        "",
+    head = [
         f"Measured {run['date']} on {_where(run)}. All figures are from this one run. Under emulation times say",
         "little: compare the sides.",
         "",
-        *bench_full.page_parts(run, name),
-        "",
-        "## Machine",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in _machine(run, run["machine"])),
-        "",
     ]
-    return "\n".join(lines)
+    return _run_page(run, "Full benchmark", "make bench", head + bench_full.page_parts(run, name))
 
 
 def translations_page(run: Mapping[str, Any], name: str) -> str:
     """Return the page of the count of translations, in Markdown."""
-    lines = [
-        "# Translations, counted",
-        "",
-        "<!-- Written by tools/bench_report.py from a run of `make translations`: changes are lost. -->",
-        "",
+    head = [
         f"Counted {run['date']} on {_where(run)}. All figures are from this one run.",
         "",
         *([str(run["note"]), ""] if run.get("note") else []),
-        *bench_translations.page_parts(run, name),
-        "",
-        "## Machine",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in _machine(run, run["machine"])),
-        "",
     ]
-    return "\n".join(lines)
+    parts = bench_translations.page_parts(run, name)
+    return _run_page(run, "Translations, counted", "make translations", head + parts)
+
+
+def _run_page(run: Mapping[str, Any], title: str, command: str, body: Sequence[str]) -> str:
+    """A page with its title, who wrote it, and the machine at its end."""
+    written = f"<!-- Written by tools/bench_report.py from a run of `{command}`: changes are lost. -->"
+    lines = [f"# {title}", "", written, "", *body, "", "## Machine", "", "| | |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in _machine(run, run["machine"])), ""])
 
 
 def _seconds(item: Result, side: str) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
-from lab import Dom0, connect, scratch
+from lab import Dom0, connect, home_mounted, scratch
 
 CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0).hex()  # cap_net_raw=ep
 # rwx for the owner, r for user 1234, - for the group, mask r, - for others.
@@ -77,22 +75,10 @@ def test_the_capabilities_of_a_program(here: str, there: str) -> None:
         assert python("g1", f'os.getxattr("{path}/cat", "{name}")') == str(errno.ENODATA)
 
 
-@contextmanager
-def home_mounted(options: str) -> Iterator[None]:
-    """g1's /home with other options, and then as it was."""
-    g1 = connect("g1")
-    g1.check_output("umount /home")
-    try:
-        g1.check_output(f"mount -t 9p home /home -o rw,trans=xen,version=9p2000.L,msize=524288,{options}")
-        yield
-    finally:
-        g1.check_output("umount /home; mount /home")
-
-
 def test_access_control_lists(dom0: Dom0) -> None:
     g1 = connect("g1")
     read = "setpriv --reuid {} --regid {} --clear-groups cat /home/xattr/f"
-    with home_mounted("cache=none,access=client,posixacl"), scratch(g1, "/home/xattr") as path:
+    with home_mounted("none", "access=client,posixacl"), scratch(g1, "/home/xattr") as path:
         g1.check_output(f"chmod 755 {path} && echo secret > {path}/f && chmod 700 {path}/f")
         assert g1.run(read.format(1234, 1234)).rc != 0
         acl = f'"{path}/f", "system.posix_acl_access"'

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xen9p import policy, prefetch
+from xen9p import options, prefetch
 
 
 def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -64,9 +64,7 @@ def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.A
 
 
 def _places(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--policy", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="default: %(default)s"
-    )
+    options.policy_file(command)
     command.add_argument(
         "--state-dir", type=Path, default=prefetch.FOLDER, metavar="DIR", help="profiles; default: %(default)s"
     )

@@ -93,50 +93,46 @@ _PLAIN: Final[tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], float | N
     ("streams_total", "counter", "Sequential reads and writes that were streams.", lambda d: _of(d, "streams")),
     ("stream_dropped_bytes_total", "counter", "Bytes dropped behind streams.", lambda d: _of(d, "dropped_bytes")),
     ("stream_spared_bytes_total", "counter", "Bytes in streams' way left alone.", lambda d: _of(d, "spared_bytes")),
-    ("prefetched_bytes_total", "counter", "Bytes read ahead of the guest.", lambda d: _ahead(d, "ahead_bytes")),
+    ("prefetched_bytes_total", "counter", "Bytes read ahead of the guest.", lambda d: _of(d, "ahead_bytes", "cache")),
     (
         "prefetched_files_total",
         "counter",
         "Files found or read ahead of the guest.",
-        lambda d: _ahead(d, "ahead_files"),
+        lambda d: _of(d, "ahead_files", "cache"),
     ),
-    ("lease_sessions", "gauge", "1 while the guest's client has leases.", lambda d: _lease(d, "sessions")),
+    ("lease_sessions", "gauge", "1 while the guest's client has leases.", lambda d: _of(d, "sessions", "leases")),
     (
         "lease_revocations_total",
         "counter",
         "Buckets that the guest's client was told to give up.",
-        lambda d: _lease(d, "revocations"),
+        lambda d: _of(d, "revocations", "leases"),
     ),
     (
         "lease_sessions_voided_total",
         "counter",
         "Lease sessions that ended because the guest's client did not give something up in time.",
-        lambda d: _lease(d, "voided"),
+        lambda d: _of(d, "voided", "leases"),
     ),
-    ("lease_waits_total", "counter", "Changes that had to wait for other clients.", lambda d: _lease(d, "waits")),
+    (
+        "lease_waits_total",
+        "counter",
+        "Changes that had to wait for other clients.",
+        lambda d: _of(d, "waits", "leases"),
+    ),
     (
         "lease_waits_seconds_total",
         "counter",
         "Seconds that changes have waited for other clients.",
-        lambda d: None if (us := _lease(d, "waited_us")) is None else us / 1e6,
+        lambda d: None if (us := _of(d, "waited_us", "leases")) is None else us / 1e6,
     ),
     ("worker_restarts_total", "counter", "Workers that died and were replaced.", lambda d: d.get("restarts")),
     ("violations_total", "counter", "Times that the guest broke the protocol.", lambda d: d.get("violations")),
 )
 
 
-def _of(device: Mapping[str, Any], name: str) -> float | None:
-    value = device["detail"].get(name)
-    return None if value is None else float(value)
-
-
-def _ahead(device: Mapping[str, Any], name: str) -> float | None:
-    value = (device["detail"].get("cache") or {}).get(name)
-    return None if value is None else float(value)
-
-
-def _lease(device: Mapping[str, Any], name: str) -> float | None:
-    value = device["detail"].get("leases", {}).get(name)
+def _of(device: Mapping[str, Any], name: str, part: str = "") -> float | None:
+    detail = device["detail"]
+    value = ((detail.get(part) or {}) if part else detail).get(name)
     return None if value is None else float(value)
 
 

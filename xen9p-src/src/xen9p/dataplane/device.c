@@ -67,14 +67,12 @@ void x9_dev_fail(x9_dev *dev, const char *reason) { finish(dev, X9_PROTOCOL, "%s
 const char *x9_dev_reason(x9_dev *dev) { return dev->reason; }
 uint32_t x9_dev_order(x9_dev *dev) { return dev->order; }
 
-static void add(uint64_t *counter, uint64_t n) { __atomic_add_fetch(counter, n, __ATOMIC_RELAXED); }
-
 void dev_count_io(struct x9_dev *dev, uint64_t read, uint64_t written)
 {
     if (read)
-        add(&dev->read_bytes, read);
+        count_shared(&dev->read_bytes, read);
     if (written)
-        add(&dev->written_bytes, written);
+        count_shared(&dev->written_bytes, written);
 }
 
 void x9_dev_stats(x9_dev *dev, x9_stats *out)
@@ -285,7 +283,7 @@ void call_send(struct x9_call *call, uint8_t *msg, uint32_t len)
 
 static void encode_errno(struct x9_dev *dev, uint8_t msg[11], uint16_t tag, uint32_t err)
 {
-    add(&dev->errors, 1);
+    count_shared(&dev->errors, 1);
     obs_errno(dev, err);
     put_header(msg, 11, P9_RLERROR, tag);
     put32(msg + X9_HEADER, err);
@@ -856,9 +854,9 @@ static void dispatch(struct x9_call *call)
     struct x9_dev *dev = call->dev;
     int result;
 
-    add(&dev->requests, 1);
+    count_shared(&dev->requests, 1);
     if (call->type < 128)
-        add(&dev->by_type[call->type], 1);
+        count_shared(&dev->by_type[call->type], 1);
     if (call->type < 128 && (call->type & 1)) {
         finish(dev, X9_PROTOCOL, "message of type %u is a reply, sent to the server", call->type);
         return;

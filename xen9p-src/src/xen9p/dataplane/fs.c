@@ -581,7 +581,7 @@ static void note_read(struct x9_call *call, struct x9_fid *fid, int fd, uint64_t
     dev_count_io(call->dev, got, 0);
     streams_count(call->dev, cached, got);
     if (fd != fid->io_fd)
-        __atomic_add_fetch(&call->dev->shared_bytes, got, __ATOMIC_RELAXED);
+        count_shared(&call->dev->shared_bytes, got);
     events_add(call->dev, X9_SAW_READ, fid, offset, got, cached);
 }
 

@@ -44,8 +44,6 @@ static void count_alone(uint64_t *counter, uint64_t n)
     __atomic_store_n(counter, __atomic_load_n(counter, __ATOMIC_RELAXED) + n, __ATOMIC_RELAXED);
 }
 
-static void count_shared(uint64_t *counter, uint64_t n) { __atomic_add_fetch(counter, n, __ATOMIC_RELAXED); }
-
 static void count(struct x9_dev *dev, uint8_t type, enum x9_stage stage, uint64_t stretch, bool reader)
 {
     struct x9_histogram *h = &dev->times[reader].h[groups[type & 127]][stage];

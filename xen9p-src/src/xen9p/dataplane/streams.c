@@ -35,15 +35,13 @@ struct x9_ahead {
     struct step steps[STEPS];
 };
 
-static void add(uint64_t *counter, uint64_t n) { __atomic_add_fetch(counter, n, __ATOMIC_RELAXED); }
-
 /* A Tread has been answered; hit: the page cache had all that there was to read. */
 void streams_count(struct x9_dev *dev, bool hit, uint64_t bytes)
 {
     if (!bytes)
         return;
-    add(hit ? &dev->read_hits : &dev->read_misses, 1);
-    add(hit ? &dev->hit_bytes : &dev->miss_bytes, bytes);
+    count_shared(hit ? &dev->read_hits : &dev->read_misses, 1);
+    count_shared(hit ? &dev->hit_bytes : &dev->miss_bytes, bytes);
 }
 
 void streams_stats(struct x9_dev *dev, x9_stats *out)
@@ -81,7 +79,7 @@ static struct x9_ahead *begin(struct x9_dev *dev, uint64_t end)
     }
     ahead->dev = dev;
     ahead->next = (end + STEP - 1) / STEP * STEP;
-    add(&dev->streams, 1);
+    count_shared(&dev->streams, 1);
     return ahead;
 }
 
@@ -139,10 +137,10 @@ static void read_step(struct x9_ahead *ahead, int fd, uint64_t size)
         else
             absent++;
     ahead->count++;
-    add(&ahead->dev->spared_bytes, (uint64_t)(step->pages - absent) * X9_PAGE);
+    count_shared(&ahead->dev->spared_bytes, (uint64_t)(step->pages - absent) * X9_PAGE);
     if (absent) {
         posix_fadvise(fd, (off_t)step->at, (off_t)len, POSIX_FADV_WILLNEED);
-        add(&ahead->dev->streamed_bytes, (uint64_t)absent * X9_PAGE);
+        count_shared(&ahead->dev->streamed_bytes, (uint64_t)absent * X9_PAGE);
     }
 }
 
@@ -160,7 +158,7 @@ static void drop_step(struct x9_ahead *ahead, int fd)
             from = i + 1;
         }
     ahead->first = (ahead->first + 1) % STEPS, ahead->count--;
-    add(&ahead->dev->dropped_bytes, (uint64_t)dropped * X9_PAGE);
+    count_shared(&ahead->dev->dropped_bytes, (uint64_t)dropped * X9_PAGE);
 }
 
 static void end(struct x9_flow *flow, int fd)
@@ -237,11 +235,11 @@ void streams_drop_written(struct x9_stream *stream)
         return;
     if (__atomic_compare_exchange_n(&fid->stream_dropped, &from, to, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
         if (from == own)
-            add(&dev->streams, 1), events_add(dev, X9_SAW_STREAM, fid, own, stream->to - own, true);
+            count_shared(&dev->streams, 1), events_add(dev, X9_SAW_STREAM, fid, own, stream->to - own, true);
         if (!sync_file_range(fid->io_fd, (off64_t)from, (off64_t)(to - from),
                              SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER) &&
             !posix_fadvise(fid->io_fd, (off_t)from, (off_t)(to - from), POSIX_FADV_DONTNEED))
-            add(&dev->dropped_bytes, to - from);
+            count_shared(&dev->dropped_bytes, to - from);
     }
     __atomic_store_n(&dev->writing_out, false, __ATOMIC_RELEASE);
 }

@@ -192,6 +192,9 @@ void fid_put(struct x9_fid *fid);
 
 /* --- what can be seen (observe.c) --- */
 
+/* A counter that several threads add to. */
+static inline void count_shared(uint64_t *counter, uint64_t n) { __atomic_add_fetch(counter, n, __ATOMIC_RELAXED); }
+
 enum { X9_READ = 1, X9_WRITE, X9_LOOKUP, X9_OPEN, X9_READDIR, X9_CHANGE, X9_SYNC, X9_XATTR, X9_LOCK }; /* 0: the session */
 enum x9_stage { X9_RING, X9_QUEUE, X9_FILESYSTEM, X9_TOTAL };
 

@@ -1,0 +1,92 @@
+"""What benchmarks on a btrfs of their own have in common: commands, what they need, a chart of bars, their results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from bench_chart import STYLE, WIDTH
+
+
+class BenchError(Exception):
+    """One line: what is wrong."""
+
+
+def run(*command: object, **more: Any) -> str:
+    """What a command prints; BenchError if it fails."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, **more)
+    if done.returncode:
+        raise BenchError(f"{' '.join(words[:3])}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+    return str(done.stdout)
+
+
+def missing(target: str) -> str:
+    """What keeps `make *target*` from being run here, in words."""
+    if os.geteuid():
+        return f"it mounts filesystems: run it as root (sudo make {target})"
+    for tool, package in (("mkfs.btrfs", "btrfs-progs"), ("mke2fs", "e2fsprogs"), ("losetup", "mount")):
+        if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+            return f"{tool} is missing: apt-get install {package}"
+    return "" if Path("/dev/loop-control").exists() else "there are no loop devices: modprobe loop"
+
+
+def bars_chart(
+    title: str,
+    groups: Sequence[tuple[str, Sequence[tuple[str, float, str]]]],
+    *,
+    left: int,
+    room: int,
+    top: int,
+    bar: int,
+) -> str:
+    """Bars in labelled groups, as SVG.
+
+    Args:
+        groups: a label, and for each of its bars: a class of bench_chart.STYLE, how much, and what stands behind it.
+        left: pixels for the labels; room: for what stands behind the longest bar; top: above the first.
+        bar: pixels from one bar to the next of a group.
+    """
+    y, most = top, max(value for _, rows in groups for _, value, _ in rows)
+    parts = [f'<text class="head" x="0" y="16">{escape(title)}</text>']
+    for label, rows in groups:
+        parts.append(f'<text x="{left - 10}" y="{y + bar + 4}" text-anchor="end">{escape(label)}</text>')
+        for css, value, said in rows:
+            length = max(value, 0) / most * (WIDTH - left - room)
+            parts.append(f'<rect class="{css}" x="{left}" y="{y + 1}" width="{length:.1f}" height="{bar - 2}"/>')
+            parts.append(f'<text class="quiet" x="{left + length + 6:.1f}" y="{y + 14}">{said}</text>')
+            y += bar
+        y += 12
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" role="img" aria-label="{escape(title)}">\n'
+        f"<style>{STYLE}</style>\n{body}\n</svg>\n"
+    )
+
+
+def machine() -> dict[str, Any]:
+    """When and on what this was run."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "kernel": platform.release(),
+        "processors": os.cpu_count(),
+    }
+
+
+def publish(result: Mapping[str, Any], results: Path, page: str, docs: Mapping[Path, str]) -> None:
+    """Keep all figures in *results*, print the page, and write what *docs* has for the documentation."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(result, indent=1) + "\n")
+    print(page)
+    print(f"all figures: {results}")
+    for path, text in docs.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

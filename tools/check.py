@@ -21,14 +21,18 @@ BIN = Path(sys.executable).parent
 HEARTBEAT = 10.0
 FUZZ_SECONDS = "5"
 PACKAGE = "xen9p-src/tests"
-# They run whole labs on this machine, which takes longer than a quick check may; make test has them.
-LABS = [f"tests/unit/test_lab_{n}.py" for n in ("engine", "server", "policy", "caching", "scripts")]
+# Whole runs on this machine: labs, small benchmarks, tortured mounts, stores that are killed. Longer than a quick check
+# may take; make test has them.
+LONG = [
+    *(f"tests/unit/test_lab_{n}.py" for n in ("engine", "server", "policy", "caching", "scripts")),
+    *(f"tests/unit/test_bench_{n}.py" for n in ("cache", "dedup", "full", "translations")),
+    *(f"{PACKAGE}/test_{n}.py" for n in ("dedup", "fuse_coherent", "restore", "snapshot", "torture")),
+]
 # Those that make filesystems and mounts: half of the package's time, so they run beside the others.
 STORE = [
     f"{PACKAGE}/test_{n}.py"
     for n in (
-        "cache_commands", "caching_worker", "dedup", "fuse", "fuse_coherent", "origin", "path", "prefetch", "restore",
-        "snapshot", "snapshot_commands", "streams", "torture",
+        "cache_commands", "caching_worker", "fuse", "origin", "path", "prefetch", "snapshot_commands", "streams",
     )
 ]  # fmt: skip
 
@@ -63,9 +67,9 @@ def checks() -> list[Step]:
     pytest = (tool("pytest"), "-q")
     return [
         # Apart, so that they share the processors.
-        Step("package tests", [*pytest, "--junit-xml=junit-package.xml", PACKAGE, *(f"--ignore={p}" for p in STORE)]),
+        Step("package tests", [*pytest, "--junit-xml=junit-package.xml", PACKAGE, *_without(*STORE, *LONG)]),
         Step("store tests", [*pytest, "--junit-xml=junit-store.xml", *STORE]),
-        Step("unit tests", [*pytest, "--junit-xml=junit-unit.xml", "tests/unit", *(f"--ignore={p}" for p in LABS)]),
+        Step("unit tests", [*pytest, "--junit-xml=junit-unit.xml", "tests/unit", *_without(*LONG)]),
         Step("fuzz", [sys.executable, str(ROOT / "tools" / "fuzzing.py"), "--seconds", FUZZ_SECONDS]),
         Step("ansible-lint", [tool("ansible-lint"), "-q", "--offline"]),
         Step("mypy", [tool("mypy")]),
@@ -78,9 +82,9 @@ def checks() -> list[Step]:
     ]
 
 
-def labs() -> Step:
-    """Return the step that tests the labs' engine and what the labs hand out."""
-    return Step("lab tests", [tool("pytest"), "-q", "--junit-xml=junit-labs.xml", *LABS])
+def long() -> Step:
+    """Return the step that tests what takes long: labs, benchmarks and whole stores."""
+    return Step("long tests", [tool("pytest"), "-q", "--junit-xml=junit-long.xml", *LONG])
 
 
 def sanitized(kind: str, *more: str) -> Step:
@@ -169,7 +173,8 @@ def main() -> int:
     """Run what the command line asks for; return 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--molecule", action="store_true", help="go on with the tests on nested Xen")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="how many at a time")
+    # One more than processors: tests wait for clocks and children, too.
+    parser.add_argument("--jobs", type=int, default=(os.cpu_count() or 2) + 1, help="how many at a time")
     options = parser.parse_args()
     began = time.monotonic()
     for stale in ROOT.glob("junit-*.xml"):
@@ -178,7 +183,7 @@ def main() -> int:
     if outcomes[0].code == 0:
         outcomes += run_all(checks(), options.jobs)
     if options.molecule and all(outcome.code == 0 for outcome in outcomes):
-        outcomes += run_all([labs(), sanitized("address", "--quick"), sanitized("thread", "--quick")], 1)
+        outcomes += run_all([long(), sanitized("address", "--quick"), sanitized("thread", "--quick")], 1)
         outcomes.append(molecule())
     print(table(outcomes, time.monotonic() - began))
     failed = [outcome.step.name for outcome in outcomes if outcome.code != 0]
@@ -192,6 +197,10 @@ def _tracked() -> list[Path]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def _without(*files: str) -> list[str]:
+    return [f"--ignore={file}" for file in files]
 
 
 def _is_shell(path: Path) -> bool:

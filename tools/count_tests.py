@@ -1,9 +1,9 @@
 """Count the tests of a run from its JUnit reports, in one line: the last words of .ci/run.
 
-Usage: count_tests.py STATUS [FOLDER], with the exit status of `make test`. Reads junit-unit.xml, junit-package.xml,
-junit-store.xml and junit-lab.xml in FOLDER (default: here), and junit-real-host.xml if `make test-real-host` wrote one.
-A report that is missing or broken is a line of its own. Exits with 1 if any test failed, none ran, or a report is not
-whole.
+Usage: count_tests.py STATUS [FOLDER], with the exit status of `make test`. Reads the reports of its steps in FOLDER
+(default: here): junit-unit.xml, junit-package.xml, junit-store.xml, junit-long.xml, junit-lab.xml; and
+junit-real-host.xml if `make test-real-host` wrote one. A report that is missing or broken is a line of its own. Exits
+with 1 if any test failed, none ran, or a report is not whole.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ REPORTS = {
     "junit-unit.xml": "the unit tests",
     "junit-package.xml": "the tests of the package",
     "junit-store.xml": "the tests of stores and mounts",
+    "junit-long.xml": "the tests of labs, benchmarks and whole stores",
     "junit-lab.xml": "the tests of the lab",
     "junit-real-host.xml": "the tests of the real host",
 }

@@ -778,6 +778,21 @@ def test_an_export_that_is_no_subvolume_ends_where_it_ends(lab: Lab) -> None:
     assert places(plain / "in/f") == places(plain / "in/deep/f") != before
 
 
+def test_exports_of_one_subvolume_are_not_taken_for_each_other(lab: Lab) -> None:
+    """A run over one of them says nothing about the other, now or when the policy gets it."""
+    data = lab.bytes(200 * KIB)
+    plain = lab.store / "plain"
+    write(plain, {"one/f": data, "two/f": data})
+    lab.export("one", plain / "one")
+    lab.export("two", plain / "two")
+    assert lab.run("one")["shared"] == 0
+    assert lab.run()["shared"] == len(data)
+    assert places(plain / "one/f") == places(plain / "two/f")
+    lab.run()  # sharing is a change, too
+    assert lab.run()["scanned"] == 0, "what was looked at is not read again"
+    assert lab.run("two")["scanned"] == 0
+
+
 def test_a_giant_of_zeros_has_bounded_owners(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xen9p.dedup.MOST_USES", 50)
     (guest,) = lab.guests(1)

@@ -48,12 +48,21 @@ _IOPRIO_LOWEST: Final = 2 << 13 | 7  # IOPRIO_CLASS_BE
 
 @dataclass(slots=True)
 class Tree:
-    """A subvolume to work on. members: the files of the exports in it, if these are not the whole subvolume."""
+    """A subvolume to work on. members: the files of the exports in it, if these are not the whole subvolume.
+
+    roots: the directories of these exports.
+    """
 
     name: str
     subvolume: Subvolume
     members: set[int] | None = None
     exports: list[str] = field(default_factory=list)
+    roots: set[Path] = field(default_factory=set)
+
+    @property
+    def covered(self) -> str:
+        """What a run looks at, as in `Progress.covered`."""
+        return "" if self.members is None else "\n".join(sorted(map(str, self.roots)))
 
     @property
     def id(self) -> int:
@@ -204,6 +213,7 @@ def survey(exports: Iterable[Export], fd: int) -> list[Tree]:
             os.close(top)
         tree = found.setdefault(here.id, Tree(export.name, here, set()))
         tree.exports.append(export.name)
+        tree.roots.add(export.path)
         if whole:
             tree.name, tree.members = export.name, None
         elif tree.members is not None:
@@ -327,6 +337,10 @@ class Deduper:
         """Looks at one tree, up to a generation."""
         uuid = tree.subvolume.uuid
         progress = self._state.progress(tree.id, uuid)
+        if not progress.covers(tree.covered):
+            # A part of it was never looked at: what is new would leave that out.
+            progress.base = progress.target = progress.cursor = 0
+        progress.covered = tree.covered
         if progress.base == 0 and not self._options.full:
             progress.base = self._base_of_clone(tree)
         hold = False
@@ -378,7 +392,7 @@ class Deduper:
         )
         saved = Progress(
             progress.base, progress.target, cursor, progress.shared + c.shared, progress.scanned + c.scanned,
-            progress.finished,
+            progress.finished, progress.covered,
         )  # fmt: skip
         self._state.note(tree.id, tree.subvolume.uuid, saved)
         if not self._options.dry_run:

@@ -30,11 +30,11 @@ ALTERNATIVES: Final = 3
 """So many places of one content are remembered, in case that some change."""
 MOST_USES: Final = 2000
 """So often one place is shared: btrfs becomes slow with blocks that have very many owners."""
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE tree (id INTEGER PRIMARY KEY, uuid TEXT NOT NULL, base INTEGER NOT NULL DEFAULT 0,
     target INTEGER NOT NULL DEFAULT 0, cursor INTEGER NOT NULL DEFAULT 0, shared INTEGER NOT NULL DEFAULT 0,
-    scanned INTEGER NOT NULL DEFAULT 0, finished REAL NOT NULL DEFAULT 0);
+    scanned INTEGER NOT NULL DEFAULT 0, finished REAL NOT NULL DEFAULT 0, covered TEXT NOT NULL DEFAULT '');
 CREATE TABLE waiting (tree INTEGER NOT NULL, number INTEGER NOT NULL, base INTEGER NOT NULL,
     PRIMARY KEY (tree, number)) WITHOUT ROWID;
 CREATE TABLE content (id INTEGER PRIMARY KEY, digest BLOB NOT NULL, tree INTEGER NOT NULL, number INTEGER NOT NULL,
@@ -49,7 +49,8 @@ class Progress:
 
     base: all of this generation and before has been. target and cursor: a run that was cut off was about to reach this
     generation, and has done all files before this one. shared, scanned: bytes, of all runs. finished: when the last run
-    was through, in seconds since 1970; 0 for never.
+    was through, in seconds since 1970; 0 for never. covered: of which part of the tree all this is true, as directories
+    with lines of their own; "" for all of it.
     """
 
     base: int = 0
@@ -58,6 +59,16 @@ class Progress:
     shared: int = 0
     scanned: int = 0
     finished: float = 0.0
+    covered: str = ""
+
+    def covers(self, wanted: str) -> bool:
+        """Whether it is about all of *wanted*, directories as in `covered`."""
+        if not self.covered:
+            return True
+        roots = [Path(line) for line in self.covered.split("\n")]
+        return wanted != "" and all(
+            any(Path(line).is_relative_to(root) for root in roots) for line in wanted.split("\n")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +181,7 @@ class State:
     def progress(self, tree: int, uuid: UUID) -> Progress:
         """How far a tree has been looked at; all is new of one that is not known."""
         row = self._db.execute(
-            "SELECT base, target, cursor, shared, scanned, finished FROM tree WHERE id = ? AND uuid = ?",
+            "SELECT base, target, cursor, shared, scanned, finished, covered FROM tree WHERE id = ? AND uuid = ?",
             (tree, str(uuid)),
         ).fetchone()
         return Progress(*row) if row else Progress()
@@ -179,9 +190,9 @@ class State:
         """Writes down how far a tree has been looked at."""
         p = progress
         self._db.execute(
-            "INSERT OR REPLACE INTO tree (id, uuid, base, target, cursor, shared, scanned, finished)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (tree, str(uuid), p.base, p.target, p.cursor, p.shared, p.scanned, p.finished),
+            "INSERT OR REPLACE INTO tree (id, uuid, base, target, cursor, shared, scanned, finished, covered)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (tree, str(uuid), p.base, p.target, p.cursor, p.shared, p.scanned, p.finished, p.covered),
         )
 
     def trees(self) -> list[tuple[int, UUID]]:

@@ -383,7 +383,8 @@ def seen(device: DataPlane) -> dict[str, Any]:
 def main(request: Mapping[str, Any], listener: socket.socket) -> int:
     """What the zygote runs in a new child. The socket that listener listens on is request["socket"]."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    title = f"x9 {request['guest']}/{request['tag']}"
+    # No slash: the kernel names the event channel's interrupt after the process, in /proc/irq.
+    title = f"x9 {request['guest']}:{request['tag']}".replace("/", "_")
     ctypes.CDLL(None).prctl(PR_SET_NAME, title.encode()[:15], 0, 0, 0)
     journal.speak_for(
         journal.fields(

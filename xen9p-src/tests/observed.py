@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import Session, memory_session
-from xen9p import control, zygote
+from xen9p import control, jsonlines
 from xen9p.control import Answer, ControlServer, Metrics, Request, Status
 from xen9p.loop import Loop
 from xen9p.worker import Worker, seen
@@ -69,7 +69,7 @@ class Host:
     def _worker(self, device: Device) -> socket.socket:
         path = self.runtime / f"worker-{device.domid}-{device.devid}.sock"
         request = {"domid": device.domid, "devid": device.devid, "guest": device.guest, "uuid": "u", "tag": device.tag}
-        worker = Worker({**request, "export": "e", "readonly": False, "socket": str(path)}, zygote.listen(path))
+        worker = Worker({**request, "export": "e", "readonly": False, "socket": str(path)}, jsonlines.listen(path))
         worker.device = worker._made = device.session.served.device
         threading.Thread(target=worker._listen, daemon=True).start()
         return worker.listener

@@ -18,7 +18,7 @@ from confined import child
 from loopmount import MISSING, mounted
 from test_origin import OLD, trees  # noqa: F401  # a fixture
 from test_streams import forget, here
-from xen9p import prefetch, worker, zygote
+from xen9p import jsonlines, prefetch, worker
 from xen9p.caching import Caching, lineage
 from xen9p.client import Client
 from xen9p.dataplane import DataPlane
@@ -85,7 +85,7 @@ def running(tree: Path, folder: Path, cache: Cache) -> Iterator[tuple[Supervised
         "readonly": False, "keys": None, "socket": str(path), **plan,
     }  # fmt: skip
     ring = MemoryRing(7)
-    listener = zygote.listen(path)
+    listener = jsonlines.listen(path)
 
     def work() -> int:
         DataPlane.open_xen = lambda self: None  # type: ignore[method-assign]  # there is no Xen

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from xen9p import auth, cli, explain, policy, quota, users, worker
 from xen9p.errors import PolicyError
 from xen9p.policy import Grant
-from xen9p.quota import Quota, parse_size, size_text
+from xen9p.quota import Quota
+from xen9p.sizes import parse_size, size_text
 from xen9p.users import Identity, Users
 
 UUID = "0b1c2d3e-0000-4000-8000-00000000000a"

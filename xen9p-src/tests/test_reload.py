@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from serving import memory_session
-from xen9p import control, daemon, policy, quota, users, xenbus, zygote
+from xen9p import control, daemon, jsonlines, policy, quota, users, xenbus
 from xen9p import worker as worker_module
 from xen9p.cli import status_text
 from xen9p.device import Device
@@ -340,7 +340,7 @@ def test_a_worker_takes_other_terms_over_its_socket(tmp_path: Path) -> None:
     request = dict.fromkeys(worker_module.HELLO_FIELDS, "x") | {"domid": 1, "devid": 0, "readonly": False}
     with memory_session(export) as session:
         device = session.served.device
-        made = worker_module.Worker(request, zygote.listen(path))
+        made = worker_module.Worker(request, jsonlines.listen(path))
         made.device = made._made = device
         threading.Thread(target=made._listen, daemon=True).start()
         alice = session.client.attach(n_uname=1000)

@@ -19,7 +19,7 @@ from serving import Session, memory_session
 from test_flush import gated_mkdir, receive, send
 from test_rates import until
 from test_snapshot import home  # noqa: F401 - a fixture
-from xen9p import cli, codec, control, worker, workers, zygote
+from xen9p import cli, codec, control, jsonlines, worker, workers
 from xen9p.blink import Blink
 from xen9p.control import Answer, Attach, ControlServer, Pause, Request, Resume, Status
 from xen9p.loop import Loop
@@ -61,7 +61,7 @@ class Lab:
         path, session = self.exports[name]
         where = workers.socket_path(self.runtime, 1, number)
         request = {"domid": 1, "devid": number, "guest": "g1", "uuid": "u", "tag": name, "export": name}
-        served = worker.Worker({**request, "readonly": False, "socket": str(where)}, zygote.listen(where))
+        served = worker.Worker({**request, "readonly": False, "socket": str(where)}, jsonlines.listen(where))
         served.device = served._made = session.served.device
         threading.Thread(target=served._listen, daemon=True).start()
         self.listeners.append(served.listener)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from xen9p.device import Ring, XenbusState
 from xen9p.errors import XenStoreError
+from xen9p.jsonlines import listen
 from xen9p.xenbus import ViolationError, parse_rings
 from xen9p.xenstore import XenStore
-from xen9p.zygote import listen
 
 GOOD = {
     "version": "1",

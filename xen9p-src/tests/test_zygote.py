@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from xen9p import workers, zygote
+from xen9p import jsonlines, workers, zygote
 from xen9p.loop import Loop
 from xen9p.workers import Worker
 
@@ -129,7 +129,7 @@ def test_what_claims_another_pid_is_left_alone(watched: Watched, tmp_path: Path)
 
 def test_dead_sockets_are_cleared_away(tmp_path: Path) -> None:
     path = workers.socket_path(tmp_path, 9, 9)
-    zygote.listen(path).close()
+    jsonlines.listen(path).close()
     assert workers.find(tmp_path) == []
     assert not path.exists()
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from xen9p.budget import Budget
+from xen9p.defaults import KEY_NAME
 from xen9p.errors import AuthError, Xen9pError
 
 MAGIC: Final = b"xen9p-1\n"
@@ -34,7 +35,6 @@ RESPONSE_SIZE: Final = NONCE_SIZE + hashlib.sha256().digest_size
 ATTEMPTS: Final = 5
 """Refusals that a peer may have one after the other; then one more each PAUSE seconds."""
 PAUSE: Final = 10.0
-DEFAULT_NAME: Final = "key"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HEX: Final = re.compile(r"[0-9a-fA-F]{64}")
 _FILE_MOST: Final = 1 << 20
@@ -216,7 +216,7 @@ def choose(path: Path, name: str | None) -> Key:
     return keys[name]
 
 
-def make(path: Path, name: str = DEFAULT_NAME, uid: int | None = None) -> Key:
+def make(path: Path, name: str = KEY_NAME, uid: int | None = None) -> Key:
     """Makes a key and adds it to a file, which is made with mode 0600 if it is not there.
 
     Raises:

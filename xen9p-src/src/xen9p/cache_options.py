@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xen9p import options, prefetch
+from xen9p import defaults, options
 
 
 def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -66,7 +66,7 @@ def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.A
 def _places(command: argparse.ArgumentParser) -> None:
     options.policy_file(command)
     command.add_argument(
-        "--state-dir", type=Path, default=prefetch.FOLDER, metavar="DIR", help="profiles; default: %(default)s"
+        "--state-dir", type=Path, default=defaults.PROFILES, metavar="DIR", help="profiles; default: %(default)s"
     )
 
 

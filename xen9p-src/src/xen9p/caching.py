@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p import btrfs, prefetch, weights
+from xen9p import btrfs, defaults, prefetch, weights
 from xen9p.jsonlines import Object
 from xen9p.loop import Loop
 from xen9p.policy import Grant
@@ -23,7 +23,7 @@ MOST_IMAGES: Final = 256
 class Caching:
     """What one supervisor knows of caching."""
 
-    def __init__(self, loop: Loop, folder: Path = prefetch.FOLDER) -> None:
+    def __init__(self, loop: Loop, folder: Path = defaults.PROFILES) -> None:
         self.folder = folder
         self.weights = weights.Weights(loop)
         prefetch.sweep(folder)

@@ -13,13 +13,12 @@ from typing import IO, Any, Final
 
 from xen9p import (
     __version__,
-    auth,
     cache_options,
     control,
     dedup_options,
+    defaults,
     file_options,
     options,
-    policy,
     snapshot_options,
 )
 from xen9p.errors import Xen9pError
@@ -75,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     rules = commands.add_parser("policy", help="about the policy file", description="Work with the policy file.")
     verbs = rules.add_subparsers(dest="verb", metavar="VERB", required=True)
     check = verbs.add_parser("check", help="say what is wrong with it", description="Check a policy file.")
-    check.add_argument("file", nargs="?", type=Path, default=policy.DEFAULT_PATH, metavar="FILE", help="%(default)s")
+    check.add_argument("file", nargs="?", type=Path, default=defaults.POLICY, metavar="FILE", help="%(default)s")
     check.add_argument("--no-paths", action="store_true", help="do not look whether the exports' paths exist")
 
     explain = verbs.add_parser(
@@ -133,7 +132,7 @@ def _keys(commands: Any) -> None:
         "in a file of its own, for --key FILE.",
     )
     make.add_argument("file", type=Path, metavar="FILE", help="made with mode 0600 if it is not there")
-    make.add_argument("--name", default=auth.DEFAULT_NAME, metavar="N", help="the user it is for; default: %(default)s")
+    make.add_argument("--name", default=defaults.KEY_NAME, metavar="N", help="the user it is for; default: %(default)s")
     make.add_argument("--uid", type=_uid, metavar="UID", help="good for this uid of the client's alone")
 
 
@@ -245,7 +244,7 @@ def _runtime(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--runtime-dir",
         type=Path,
-        default=control.RUNTIME,
+        default=defaults.RUNTIME,
         metavar="DIR",
         help="of xen9pd; default: %(default)s",
     )
@@ -294,6 +293,8 @@ def _run(args: argparse.Namespace) -> int:
         case "trace" | "path":
             return _trace(args) if args.command == "trace" else _path(args)
         case "key":
+            from xen9p import auth  # noqa: PLC0415
+
             auth.make(args.file, args.name, args.uid)
             print(f"added the key {args.name} to {args.file}")
         case "serve":
@@ -310,6 +311,8 @@ def _run(args: argparse.Namespace) -> int:
 def _policy(args: argparse.Namespace) -> int:
     if args.verb == "explain":
         return _explain(args)
+    from xen9p import policy  # noqa: PLC0415
+
     rules = policy.load(args.file, check_paths=not args.no_paths)
     print(f"{args.file}: {len(rules.exports)} exports, {len(rules.rules)} rules, all well")
     return 0
@@ -335,7 +338,7 @@ def _elsewhere(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from xen9p import explain  # noqa: PLC0415
+    from xen9p import explain, policy  # noqa: PLC0415
 
     if args.uuid and not policy.is_uuid(args.uuid):
         raise Xen9pError(f"{args.uuid!r} is no uuid", "copy it from: xl list -v")

@@ -75,9 +75,6 @@ LOCK_GRACE: Final = 3
 
 AT_REMOVEDIR: Final = 0x200
 
-LEAST_TERM: Final = 0.5
-MOST_TERM: Final = 60.0
-"""Seconds of a lease session's term. Others wait as long for a client that is gone."""
 LEASE_OPEN: Final = 0
 LEASE_RENEW: Final = 1
 LEASE_CLOSE: Final = 2

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from xen9p.defaults import RUNTIME
 from xen9p.errors import ControlError, NobodyError, Xen9pError
-from xen9p.jsonlines import BadLineError, Channel, Object, dump, parse
+from xen9p.jsonlines import BadLineError, Channel, Object, dump, listen, parse
 from xen9p.loop import Loop
-from xen9p.zygote import listen
 
-RUNTIME: Final = Path("/run/xen9p")
 MAX_CLIENTS: Final = 32
 IDLE: Final = 60.0  # seconds that a client may keep a connection open
 

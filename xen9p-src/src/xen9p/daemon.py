@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from xen9p import __version__, journal, options, policy
-from xen9p.control import RUNTIME, ControlServer, socket_path
+from xen9p.control import ControlServer, socket_path
+from xen9p.defaults import RUNTIME
 from xen9p.errors import ControlError, PolicyError, Xen9pError, describe
 from xen9p.loop import Loop
 from xen9p.notify import notify, reloading

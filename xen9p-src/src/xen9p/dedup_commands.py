@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from xen9p import btrfs, policy
+from xen9p import btrfs, defaults, policy
 from xen9p.dedup import Counts, Deduper, Options, Tree, be_gentle, open_directory, survey, usage
 from xen9p.dedup_options import UNITS, WHEN
 from xen9p.dedup_state import State, only_run, running
 from xen9p.errors import Xen9pError
 from xen9p.policy import Export, Policy
-from xen9p.quota import size_text
+from xen9p.sizes import size_text
 
 NAME: Final = "xen9p-dedup"
 SAY: Final = 5.0
@@ -290,7 +290,7 @@ def units(when: str, limit: int) -> dict[str, str]:
     head = "# Written by xen9p dedup schedule: changes are lost.\n[Unit]\nDescription="
     return {
         f"{NAME}.service": f"""{head}Share what the exports of xen9p have in common
-ConditionPathExists={policy.DEFAULT_PATH}
+ConditionPathExists={defaults.POLICY}
 
 [Service]
 Type=oneshot

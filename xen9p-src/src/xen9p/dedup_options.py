@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xen9p import options
-from xen9p.quota import parse_size
+from xen9p.sizes import parse_size
 
 STATE: Final = Path("/var/lib/xen9p/dedup")
 UNITS: Final = Path("/etc/systemd/system")

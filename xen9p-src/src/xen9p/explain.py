@@ -7,7 +7,7 @@ from typing import Any
 
 from xen9p import policy, quota, snapshot
 from xen9p.policy import LIMITS, Policy, Rule, Terms
-from xen9p.quota import size_text
+from xen9p.sizes import size_text
 
 _WORDS = {
     "own": "each user's own alone, called as the user is",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p.codec import LEAST_TERM, MOST_TERM
+from xen9p.defaults import LEAST_TERM, MOST_TERM
 
 NAMES: Final = (
     "tags", "ls", "cat", "cp", "stat", "write", "mkdir", "rm", "mv", "ln", "readlink", "df", "mount",

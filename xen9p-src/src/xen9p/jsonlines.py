@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 from xen9p.loop import Loop
@@ -13,6 +15,22 @@ Object = dict[str, Any]
 
 MAX_LINE: Final = 256 * 1024
 MAX_UNSENT: Final = 4 * 1024 * 1024
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening Unix socket that only its owner can connect to; what lay there is replaced."""
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+        sock.listen(16)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.umask(mask)
+    return sock
 
 
 class BadLineError(ValueError):

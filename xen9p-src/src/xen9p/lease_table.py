@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from xen9p.codec import MOST_TERM
 from xen9p.dataplane import Leases
+from xen9p.defaults import MOST_TERM
 from xen9p.errors import Xen9pError
 from xen9p.quota import mount_of
 

@@ -38,13 +38,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from xen9p import auth, quota, subvolumes, users
-from xen9p.codec import LEAST_TERM, MOST_TERM
+from xen9p import auth, defaults, quota, subvolumes, users
+from xen9p.defaults import LEAST_TERM, MOST_TERM
 from xen9p.errors import PolicyError, Xen9pError
-from xen9p.quota import Quota, parse_size, size_text
+from xen9p.quota import Quota
+from xen9p.sizes import parse_size, size_text
 from xen9p.users import MOST_ID, Identity, Range, Users
 
-DEFAULT_PATH: Final = Path("/etc/xen9p/policy.toml")
 VERSION: Final = 1
 
 # Tags and export names end up in XenStore, in mount tables, in log lines and in file names.
@@ -255,7 +255,7 @@ class Policy:
         return {self.exports[rule.export].path: rule.quota for rule in self.rules if rule.quota != Quota()}
 
 
-def load(path: Path = DEFAULT_PATH, *, check_paths: bool) -> Policy:
+def load(path: Path = defaults.POLICY, *, check_paths: bool) -> Policy:
     """The policy in a file. PolicyError carries one line for every problem found.
 
     Args:

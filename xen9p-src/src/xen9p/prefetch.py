@@ -23,7 +23,6 @@ from uuid import UUID
 
 from xen9p.errors import Xen9pError
 
-FOLDER: Final = Path("/var/lib/xen9p/cache")
 FORMAT: Final = 1
 MOST_FILES: Final = 4096
 MOST_RANGES: Final = 64

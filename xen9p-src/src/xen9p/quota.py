@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from xen9p.errors import Xen9pError
+from xen9p.sizes import size_text
 
 SUBVOLUME: Final = 256
 """The inode of every btrfs subvolume's top, and of nothing else there."""
@@ -209,19 +210,3 @@ def _run(path: Path, command: Iterable[str], remedy: str, *, may_fail: bool = Fa
     if done.returncode and not may_fail:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise Xen9pError(f"quota of {path}: {said}", remedy)
-
-
-def parse_size(value: object) -> int | None:
-    """Bytes in 4096, "4096", "64K", "1.5G" and the like (powers of 1024); None for what is none."""
-    if type(value) is int:
-        return value
-    found = re.fullmatch(r"(\d{1,19}(?:\.\d{1,6})?)([KMGTP]?)(?:i?B)?", value) if isinstance(value, str) else None
-    return int(float(found[1]) * 1024 ** " KMGTP".index(found[2] or " ")) if found else None
-
-
-def size_text(size: int) -> str:
-    """Bytes as parse_size() takes them, exactly."""
-    for power, unit in reversed(list(enumerate("KMGTP", 1))):
-        if size >= 1024**power and size % 1024**power == 0:
-            return f"{size // 1024**power}{unit}"
-    return str(size)

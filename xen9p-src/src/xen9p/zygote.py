@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from xen9p import journal
 from xen9p.errors import Xen9pError
+from xen9p.jsonlines import listen
 
 MAX_PACKET: Final = 1 << 17
 
@@ -119,22 +120,6 @@ def _child(request: Request, main: WorkerMain, listener: socket.socket, inherite
         _complain(f"worker {request.get('domid')}/{request.get('devid')} of {request.get('guest')}", error)
     finally:
         os._exit(status)
-
-
-def listen(path: Path) -> socket.socket:
-    """A listening Unix socket that only its owner can connect to; what lay there is replaced."""
-    path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    mask = os.umask(0o177)
-    try:
-        sock.bind(str(path))
-        sock.listen(16)
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.umask(mask)
-    return sock
 
 
 def _rename(name: str) -> None:

@@ -169,6 +169,7 @@ def test_a_guest_with_a_weight_has_a_cgroup(dom0: Dom0) -> None:
         connect("g1").run("umount -l /course; mount /course")
 
 
+@pytest.mark.long
 def test_a_boot_is_learned_and_the_next_guest_is_foreseen(dom0: Dom0) -> None:
     """From g1's boot to g2's: the files are in memory before g2 has asked for anything."""
     dom0.run("xen9p cache forget --all")

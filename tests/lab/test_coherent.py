@@ -106,6 +106,7 @@ def test_loose_shows_what_was_and_none_does_not(dom0: Dom0) -> None:
             wait_until("home is back", lambda: g2.run("mountpoint -q /home").rc == 0)
 
 
+@pytest.mark.long
 def test_what_it_is_worth(dom0: Dom0, mounts: None) -> None:
     """Printed and not asserted; the tree is dom0's, seen through v9fs with cache=none and through our mounts."""
     g1 = connect("g1")

@@ -72,7 +72,8 @@ def local(dom0: Dom0, tools: str) -> Iterator[str]:
         yield f"{LOCAL}/said"
 
 
-@pytest.mark.parametrize("mode", ["none", pytest.param("loose", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["none", "loose"])
 def test_what_passes_on_dom0_passes_on_the_mount(dom0: Dom0, tools: str, local: str, mode: str) -> None:
     only = "".join(f" --only {name}" for name in CACHED) if mode == "loose" else ""
     with scratch(dom0.host, THERE), home_mounted(mode, "locktimeout=1"):

@@ -99,12 +99,13 @@ def trace(look: Look) -> Verdict:
         return failed("a trace in talk.json, in your folder on the host", "no such file")
     try:
         lines = [json.loads(line) for line in raw.decode().splitlines()]
-    except ValueError:
+        walks = [x for x in lines if x["request"]["type"] == "Twalk" and x["errno"] == "ENOENT"]
+        in_vain = {name for x in walks for name in x["request"].get("wnames", [])}
+        were_read = {x["path"].rpartition("/")[2] for x in lines if x["request"]["type"] == "Tread"}
+    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, or not what a trace writes
         raise CouldNotLookError("talk.json is no JSON lines", "xen9p trace --json writes them") from None
     name = str(look.values["asked"])
-    walks = [x for x in lines if x["request"]["type"] == "Twalk" and x["errno"] == "ENOENT"]
-    seen = any(f"{name}.lock" in x["request"].get("wnames", []) for x in walks)
-    read = any(x["request"]["type"] == "Tread" and x["path"].endswith(f"/{name}") for x in lines)
+    seen, read = f"{name}.lock" in in_vain, name in were_read
     inode = look.out("host", f'stat -c %i "$part/tour/box/{name}"').strip()
     return parts(
         {

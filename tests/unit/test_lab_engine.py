@@ -182,6 +182,7 @@ def test_a_reset_brings_everything_back(room: Classroom) -> None:
     room.follow("solution/steps.md")
     part = room.host() / "store" / "labs" / "ada" / "sample"
     (part / "own" / "long").write_text("short")
+    os.setxattr(part / "own", "user.new", b"1")
     (part / "new").mkdir()
     (room.work() / "more").write_text("x")
     (room.guest() / "root" / "labs" / "ada" / "sample" / "README").unlink()
@@ -189,6 +190,7 @@ def test_a_reset_brings_everything_back(room: Classroom) -> None:
     pid = int(room.system().run("host", shell).out)
     changed = setup.differences(before, made._manifest())
     assert any("own/long" in line for line in changed)
+    assert any("user.new" in line for line in changed)
     assert any("README" in line for line in changed)
     made.reset()
     assert setup.differences(before, made._manifest()) == []

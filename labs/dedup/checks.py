@@ -135,9 +135,9 @@ def improve(look: Look) -> Verdict:
     number = 1000000 + secrets.randbelow(3000000)
     script = (
         'cd "$LAB_WORK" && grep -q " /mnt/drift " /proc/mounts || exit 3\n'
-        f"rm -rf /mnt/drift/look; timeout 25 sh ./install /mnt/drift/look {number} >&2 </dev/null\n"
+        f"rm -rf /mnt/drift/look; timeout 40 sh ./install /mnt/drift/look {number} >&2 </dev/null\n"
         "sync -f /mnt/drift\n"
-        "timeout 15 sh ./show /mnt/drift/look </dev/null | sha256sum"
+        "timeout 25 sh ./show /mnt/drift/look </dev/null | sha256sum"
     )
     try:
         with ThreadPoolExecutor(2) as pool:

@@ -96,6 +96,7 @@ def test_the_second_read_hits(dom0: Dom0, files: tuple[str, str]) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_stream_leaves_another_guests_files_in_memory(dom0: Dom0, files: tuple[str, str]) -> None:
     """A file that is read from begin to end does not stay, and pages of it that were there before do."""
     hot, _ = files

@@ -102,6 +102,7 @@ def test_bad_input_is_one_line(dom0: Dom0) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_systemd_runs_it(dom0: Dom0) -> None:
     """The service has the rights that it takes, and no more."""
     dom0.out("xen9p dedup schedule --on daily --limit 50M")

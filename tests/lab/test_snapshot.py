@@ -164,6 +164,7 @@ def own_export(dom0: Dom0) -> Iterator[str]:
         dom0.out(f"btrfs -q subvolume delete {path} && rmdir /srv/xen9p/.snapshots/labsnap")
 
 
+@pytest.mark.long
 def test_a_guest_sees_its_snapshots_and_waits_for_none(dom0: Dom0) -> None:
     """Of an export with many files: the guest's slowest write is at most 100 ms slower than its median one."""
     g1 = connect("g1")

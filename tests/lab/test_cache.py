@@ -148,6 +148,7 @@ def test_a_change_of_a_shared_file_is_seen_at_once(dom0: Dom0) -> None:
         g1.check_output(f"printf '%s\\n' '{before.strip()}' > /{name}")
 
 
+@pytest.mark.long
 def test_a_guest_with_a_weight_has_a_cgroup(dom0: Dom0) -> None:
     """Its workers are in a scope of systemd's below xen9p.slice; without one they are the service's."""
     dom0.out(f"cp -p {POLICY} {POLICY}.test")

@@ -267,6 +267,7 @@ def test_a_quota_stops_one_guest(dom0: Dom0) -> None:
         dom0.out(f"btrfs quota disable {store}")
 
 
+@pytest.mark.long
 def test_a_quota_that_goes_while_the_service_is_down(dom0: Dom0) -> None:
     """The next start takes it away; one that somebody has set by hand stays."""
     store, terms = "/srv/xen9p", 'quota = {bytes = "8M"}'
@@ -289,6 +290,7 @@ def test_a_quota_that_goes_while_the_service_is_down(dom0: Dom0) -> None:
         dom0.out(f"btrfs -q subvolume delete {ours} {foreign}; btrfs quota disable {store}")
 
 
+@pytest.mark.long
 def test_a_quota_of_files_and_bytes_on_ext4(dom0: Dom0) -> None:
     folder = "/var/tmp/ext4-quota"
     dom0.out(
@@ -387,6 +389,7 @@ def test_a_limit_slows_its_device_and_no_other(dom0: Dom0) -> None:
         dom0.run("rmdir /srv/xen9p/slow")
 
 
+@pytest.mark.long
 def test_many_writers_fit_into_a_ring_if_their_writes_are_small(dom0: Dom0) -> None:
     """16 that begin in one moment: Linux's frontend never wakes who finds a ring full. See docs/troubleshooting.md."""
     g1, path = connect("g1"), "/srv/xen9p/home/.writers"

@@ -123,6 +123,7 @@ def test_what_changed_and_back_again(dom0: Dom0) -> None:
         assert snapshot(dom0, "restore", "home", f"{NAME}-a", ".snap")["changed"] is False
 
 
+@pytest.mark.long
 def test_bad_input_is_one_line(dom0: Dom0) -> None:
     snapshot(dom0, "create", "home", f"{NAME}-a")
     for words, says in (

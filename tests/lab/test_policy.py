@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from lab import BACKEND, MOUNT, Dom0, connect, scratch, wait_until
 
 

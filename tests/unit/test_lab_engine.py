@@ -175,6 +175,20 @@ def test_a_block_without_a_place_is_named() -> None:
 
 
 @needs_btrfs
+def test_a_mount_point_of_before_is_no_part_of_the_start(room: Classroom, tmp_path: Path) -> None:
+    """Nobody has made it anew when a reset has taken it away."""
+    point = tmp_path / "mounted"
+    point.mkdir()
+    made = room.lab()
+    made.lab = dataclasses.replace(made.lab, mounts=(str(point),))
+    made.start()
+    assert not point.exists()
+    point.mkdir()
+    made.reset()
+    assert not point.exists()
+
+
+@needs_btrfs
 def test_a_reset_brings_everything_back(room: Classroom) -> None:
     made = room.lab()
     made.start()

@@ -206,6 +206,8 @@ class Setup:
             first = kept.manifest is None
             if first and self.system.run(HOST, f'test -d "{self.paths.pristine}"').code == 0:
                 self._clear()
+            if first:
+                self._without_mount_points()
             self._prepare()
             if first:
                 kept.started = time.time()
@@ -245,6 +247,12 @@ class Setup:
             check(self.system.run(HOST, script("remove.sh", self._host_variables()), 120), "taking the lab away")
             kept.manifest = None
             state.save(self.system, self.student, self.lab.name, kept)
+
+    def _without_mount_points(self) -> None:
+        """Empty ones of before are no part of the start: a reset takes them away, and nobody makes them anew."""
+        points = " ".join(quote(top) for top in self.lab.mounts)
+        for place in self.guests if points else ():
+            self.system.run(place, f"rmdir {points} 2>/dev/null")
 
     def _variables(self) -> dict[str, str]:
         return {

@@ -791,6 +791,10 @@ def test_exports_of_one_subvolume_are_not_taken_for_each_other(lab: Lab) -> None
     lab.run()  # sharing is a change, too
     assert lab.run()["scanned"] == 0, "what was looked at is not read again"
     assert lab.run("two")["scanned"] == 0
+    write(plain, {"three/f": data})
+    lab.export("three", plain / "three")
+    assert lab.run("three")["shared"] == len(data)
+    assert places(plain / "three/f") == places(plain / "one/f")
 
 
 def test_a_giant_of_zeros_has_bounded_owners(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from xen9p.client import Client, Pending
 from xen9p.dataplane import DataPlane, Leases
 from xen9p.errors import Xen9pError
 from xen9p.leases import Leases as Session
+from xen9p.transport.link import Transport
 from xen9p.transport.memory import MemoryRing, MemoryRingTransport
 from xen9p.transport.stream_client import SocketTransport
 
@@ -272,17 +273,22 @@ def test_a_session_that_is_ended_is_waited_for_no_longer(export: Path) -> None:
             a.lease(codec.LEASE_RENEW)
 
 
+def _a_write_that_waits(a: Guest, b: Guest) -> Transport:
+    """Of tag 100, by b, to a file that a has a lease of."""
+    a.lease()
+    a.key(b"f")
+    fid = _open(b.client, b.root, os.O_WRONLY)
+    b.client.transport.send(codec.encode(codec.Twrite(fid, 0, b"new"), 100))
+    until = time.monotonic() + HANG
+    while not b.served.device.lease_stats()["waits"]:
+        assert time.monotonic() < until
+    return b.client.transport
+
+
 def test_what_waits_can_be_flushed(export: Path) -> None:
     (export / "f").write_bytes(b"old")
     with two(export, 60) as (a, b, _):
-        a.lease()
-        a.key(b"f")
-        fid = _open(b.client, b.root, os.O_WRONLY)
-        transport = b.client.transport
-        transport.send(codec.encode(codec.Twrite(fid, 0, b"new"), 100))
-        until = time.monotonic() + HANG
-        while not b.served.device.lease_stats()["waits"]:
-            assert time.monotonic() < until
+        transport = _a_write_that_waits(a, b)
         transport.send(codec.encode(codec.Tflush(100), 101))
         assert codec.decode(transport.recv(HANG)) == (101, codec.Rflush())
         assert (export / "f").read_bytes() == b"old"
@@ -301,14 +307,7 @@ def test_a_new_session_answers_what_waits(export: Path) -> None:
     """A Tversion ends what waits for others, and that is said."""
     (export / "f").write_bytes(b"old")
     with two(export, 60) as (a, b, _):
-        a.lease()
-        a.key(b"f")
-        fid = _open(b.client, b.root, os.O_WRONLY)
-        transport = b.client.transport
-        transport.send(codec.encode(codec.Twrite(fid, 0, b"new"), 100))
-        until = time.monotonic() + HANG
-        while not b.served.device.lease_stats()["waits"]:
-            assert time.monotonic() < until
+        transport = _a_write_that_waits(a, b)
         transport.send(codec.encode(codec.Tversion(8192, b"9P2000.L"), codec.NOTAG))
         assert codec.decode(transport.recv(HANG)) == (100, codec.Rlerror(125))  # ECANCELED
         assert codec.decode(transport.recv(HANG)) == (codec.NOTAG, codec.Rversion(8192, b"9P2000.L"))

@@ -797,6 +797,20 @@ def test_exports_of_one_subvolume_are_not_taken_for_each_other(lab: Lab) -> None
     assert places(plain / "three/f") == places(plain / "one/f")
 
 
+def test_what_an_older_version_remembers_is_found_again(lab: Lab) -> None:
+    one, two = lab.guests(2)
+    data = lab.bytes(200 * KIB)
+    write(one, {"f": data})
+    write(two, {"f": data})
+    lab.run()
+    database = lab.database()
+    database.executescript("ALTER TABLE tree DROP COLUMN covered; PRAGMA user_version = 1")
+    database.close()
+    write(two, {"g": data})
+    assert lab.run()["shared"] == len(data)
+    assert places(two / "g") == places(one / "f")
+
+
 def test_a_giant_of_zeros_has_bounded_owners(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xen9p.dedup.MOST_USES", 50)
     (guest,) = lab.guests(1)

@@ -115,6 +115,11 @@ class State:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if write and 0 < version < _VERSION:
+            # What it knows can be found again; how it was written down cannot be understood.
+            drop = "; ".join(f"DROP TABLE IF EXISTS {name}" for name in ("tree", "waiting", "content"))
+            self._db.executescript(f"BEGIN; {drop}; PRAGMA user_version = 0; COMMIT")
+            version = 0
         if version == 0 and not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT")
         elif version != _VERSION:

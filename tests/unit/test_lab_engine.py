@@ -814,10 +814,9 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path: Path, file: str, old:
     assert all("\n" not in line for line in found)
 
 
-def test_the_policys_block_is_a_policy(tmp_path: Path) -> None:
-    scaffold.make("my-lab", tmp_path)
-    lab = spec.load("my-lab", tmp_path)
-    student = courses.from_document(
+def _ada() -> Student:
+    """The one student of a course, with guest g7 of a host that nobody asks."""
+    return courses.from_document(
         {
             "course": "x",
             "seed": SEED,
@@ -825,6 +824,12 @@ def test_the_policys_block_is_a_policy(tmp_path: Path) -> None:
             "students": [{"name": "ada", "host": "h", "guests": ["g7"]}],
         }
     ).student("ada")
+
+
+def test_the_policys_block_is_a_policy(tmp_path: Path) -> None:
+    scaffold.make("my-lab", tmp_path)
+    lab = spec.load("my-lab", tmp_path)
+    student = _ada()
     made = policy.parse("version = 1\n" + setup.policy_block(lab, student))
     assert [(r.guest, r.export, r.tag) for r in made.rules] == [("g7", "ada-0-own", "own")]
     assert made.exports["ada-0-own"].path == Path("/srv/xen9p/labs/ada/my-lab/own")
@@ -835,14 +840,7 @@ def test_all_of_the_part_can_be_an_export(tmp_path: Path) -> None:
     text = (scaffold.make("my-lab", tmp_path) / "lab.yml").read_text()
     assert "name: own" in text
     (tmp_path / "my-lab" / "lab.yml").write_text(text.replace("name: own", "name: own, path: ."))
-    student = courses.from_document(
-        {
-            "course": "x",
-            "seed": SEED,
-            "hosts": {"h": {"address": "192.0.2.1"}},
-            "students": [{"name": "ada", "host": "h", "guests": ["g7"]}],
-        }
-    ).student("ada")
+    student = _ada()
     block = setup.policy_block(spec.load("my-lab", tmp_path), student)
     assert 'path = "/srv/xen9p/labs/ada/my-lab"' in block.splitlines()
 

@@ -204,9 +204,9 @@ class Setup:
         with state.held(self.system, self.student, self.lab.name, seconds=300):
             kept = state.load(self.system, self.student, self.lab.name)
             first = kept.manifest is None
-            if first and self.system.run(HOST, f'test -d "{self.paths.pristine}"').code == 0:
-                self._clear()
             if first:
+                if self.system.run(HOST, f'test -d "{self.paths.pristine}"').code == 0:
+                    self._clear()
                 self._without_mount_points()
             self._prepare()
             if first:

@@ -1,7 +1,7 @@
 """What options and files are when nobody says otherwise, apart from the modules that use it.
 
 The command builds all of its options before it knows which of these modules it needs, and on an emulated host each
-import is felt: with them `xen9p status` takes three times as long.
+import is felt: the policy and the codec took half of the 2 s that `xen9p status` needed to import.
 """
 
 from __future__ import annotations

@@ -677,7 +677,8 @@ static int h_read(struct x9_call *call)
     return X9_DONE;
 }
 
-#define STREAM_STEP (UINT64_C(4) << 20)
+/* Large: each start takes the processor from writer and worker, and a disk that waits for 16 MiB loses some 10 ms once. */
+#define STREAM_STEP (UINT64_C(16) << 20)
 #define STREAM_ALIGN (UINT64_C(64) << 10) /* a page that the writer has not filled yet would make it wait for the disk */
 
 /* Notices a sequential writer, and takes note of what fs_write_back() shall start on. Two messages of one fid may be

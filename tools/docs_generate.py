@@ -23,7 +23,7 @@ import yaml
 import docs_labs
 
 ROLES = ("testbed", "xen_host", "store", "xen9p", "guest", "lab")
-COMMANDS = (("xen9p", "xen9p.cli"), ("xen9pd", "xen9p.daemon"), ("lab", "labkit.cli"))
+COMMANDS = (("xen9p", "xen9p.parser"), ("xen9pd", "xen9p.daemon"), ("lab", "labkit.cli"))
 PACKAGE = Path("xen9p-src/src/xen9p")
 LONG_LIST = 4  # a default with more elements folds up
 

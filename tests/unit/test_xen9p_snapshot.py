@@ -147,7 +147,7 @@ def test_an_error_of_the_command_is_one_line(tmp_path: Path) -> None:
 
 def test_what_it_asks_the_real_command_understands(snapshot: ModuleType, tmp_path: Path) -> None:
     """Every line that the module makes is one that the parser of xen9p takes."""
-    parser = importlib.import_module("xen9p.cli").build_parser()
+    parser = importlib.import_module("xen9p.parser").build_parser()
     host = Host("a")
     for options in (
         {"name": "b", "reason": "r", "force": True},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xen9p import cli, daemon
+from xen9p import cli, daemon, file_options, parser
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,22 @@ def test_wrong_usage(args: list[str], code: int, line: str, capsys: pytest.Captu
     assert line in error
     assert error.count("\n") == 1
     assert error.startswith("xen9p: error: ")
+
+
+def test_each_command_has_its_options_alone_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """main() builds no more than the command that is asked for: it must be the same as among all."""
+    assert tuple(file_options.ADD) == parser.FILE_COMMANDS
+    everything = parser.build_parser()
+    names = parser.names()
+    assert {"status", "snapshot", "mount"} < set(names)
+    for name in names:
+        helps = []
+        for built in (everything, parser.build_parser(name)):
+            with pytest.raises(SystemExit):
+                built.parse_args([name, "--help"])
+            helps.append(capsys.readouterr().out)
+        assert helps[0] == helps[1]
+        assert helps[0].startswith(f"usage: xen9p {name} ")
 
 
 def test_no_supervisor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

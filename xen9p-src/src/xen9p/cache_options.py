@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from xen9p import defaults, options
+from xen9p.options import Subparsers
 
 
-def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.ArgumentParser], None]) -> None:
+def add(commands: Subparsers) -> None:
     """Adds the commands to the parser of xen9p."""
     cache = commands.add_parser(
         "cache", help="what of guests' files is in memory", description="See and steer what is in dom0's page cache."
@@ -42,7 +41,7 @@ def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.A
     )
     show.add_argument("--json", action="store_true", help="as one JSON object")
     _places(show)
-    runtime(show)
+    options.runtime_dir(show)
 
     learn = verbs.add_parser(
         "learn",
@@ -51,7 +50,7 @@ def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.A
     )
     learn.add_argument("guest", metavar="GUEST", help="name or uuid of a running guest")
     learn.add_argument("--tag", default="root", help="of which device; default: %(default)s")
-    runtime(learn)
+    options.runtime_dir(learn)
 
     forget = verbs.add_parser(
         "forget",

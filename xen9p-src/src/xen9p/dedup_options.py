@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from xen9p import options
+from xen9p.options import Subparsers
 from xen9p.sizes import parse_size
 
 STATE: Final = Path("/var/lib/xen9p/dedup")
@@ -17,7 +18,7 @@ SETTLE: Final = 10.0
 """Seconds for which a file must not have been changed; until then it is left for the next run."""
 
 
-def add(commands: argparse._SubParsersAction[Any]) -> None:
+def add(commands: Subparsers) -> None:
     """Adds the commands to the parser of xen9p."""
     dedup = commands.add_parser(
         "dedup", help="share what files have in common", description="Share equal extents of all exports of a store."

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
 from xen9p import options
+from xen9p.options import Subparsers
 
 _TARGET = "an export of the policy; or a guest: all exports that it can write to"
 
 
-def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Adds the command to the parser of xen9p.
-
-    Args:
-        runtime: adds the option that says where the supervisor is.
-    """
+def add(commands: Subparsers) -> None:
+    """Adds the command to the parser of xen9p."""
     top = commands.add_parser(
         "snapshot",
         help="snapshots of exports and guests",
@@ -32,7 +27,7 @@ def add(commands: argparse._SubParsersAction[Any], runtime: Callable[[argparse.A
     def last(made: argparse.ArgumentParser) -> None:
         made.add_argument("--json", action="store_true", help="as one JSON object")
         options.policy_file(made)
-        runtime(made)
+        options.runtime_dir(made)
 
     create = verb("create", "make one", "Make a snapshot of one instant; devices that write there stand still for it.")
     create.add_argument("name", nargs="?", default="", metavar="NAME", help="default: the time, UTC")

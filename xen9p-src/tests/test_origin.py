@@ -99,6 +99,26 @@ def test_one_copy_serves_two_clones(trees: tuple[Path, Path, Path]) -> None:
     assert [here(clone / "usr/lib") for clone in clones] == [0, 0]
 
 
+def test_it_is_looked_for_by_who_reads(trees: tuple[Path, Path, Path]) -> None:
+    """Most files that are opened are in the guest's own page cache: for these nobody opens another one."""
+    golden, clone, _ = trees
+    fds = Path("/proc/self/fd")
+
+    def descriptors() -> int:
+        return sum(os.path.lexists(fd) and os.readlink(fd) == str(golden / "usr/lib") for fd in fds.iterdir())
+
+    with session(clone, golden) as one:
+        fid = opened(one, b"usr", b"lib")
+        assert descriptors() == 0
+        assert one.client.read(fid, 0, 8) == b"o" * 8
+        assert (descriptors(), shared(one)) == (1, 8)
+        one.client.clunk(fid)
+        assert descriptors() == 0
+        writing = opened(one, b"usr", b"lib", flags=os.O_RDWR)
+        assert one.client.read(writing, 0, 8) == b"o" * 8
+        assert (descriptors(), shared(one)) == (0, 8)
+
+
 def test_without_it_each_clone_has_a_copy(trees: tuple[Path, Path, Path]) -> None:
     """What a snapshot shares is blocks and not pages: the reason for all this."""
     _, *clones = trees

@@ -221,6 +221,13 @@ static int open_parent(struct x9_dev *dev, int fd, uint32_t uid)
     return err ? -err : dir;
 }
 
+/* A walk goes on from here. */
+static void leave(const struct x9_fid *from, int at)
+{
+    if (at >= 0 && at != from->path_fd)
+        close(at);
+}
+
 static int h_walk(struct x9_call *call)
 {
     struct x9_dev *dev = call->dev;
@@ -244,7 +251,7 @@ static int h_walk(struct x9_call *call)
         return EINVAL;
     }
     uint32_t uid = from->uid;
-    int at = fcntl(from->path_fd, F_DUPFD_CLOEXEC, 0);
+    int at = count ? from->path_fd : fcntl(from->path_fd, F_DUPFD_CLOEXEC, 0); /* one name, the most frequent: one descriptor */
     format = from->format;
     err = at < 0 ? errno : count ? act_as(dev, uid) : 0;
     for (; !err && done < count; done++) {
@@ -268,19 +275,18 @@ static int h_walk(struct x9_call *call)
             err = next == -EXDEV || next == -ELOOP ? EACCES : -next;
             break;
         }
-        close(at);
+        leave(from, at);
         at = next;
         if ((err = fs_qid(dev, at, qids + done * 13, &format)))
             break;
     }
     if (err == EAGAIN && !call->may_block) {
-        close(at);
+        leave(from, at);
         fid_put(from);
         return X9_LATER;
     }
     if (at < 0 || (err && !done)) {
-        if (at >= 0)
-            close(at);
+        leave(from, at);
         fid_put(from);
         return err;
     }
@@ -291,7 +297,7 @@ static int h_walk(struct x9_call *call)
             events_add(dev, X9_SAW_LOOKUP, fid, 0, 0, !call->may_block);
         err = !fid ? ENOMEM : num == newnum ? fids_swap(&dev->fids, from, fid) : fids_add(&dev->fids, fid);
     } else {
-        close(at);
+        leave(from, at);
         err = 0;
     }
     fid_put(from);
@@ -489,8 +495,8 @@ static int h_lopen(struct x9_call *call)
             __atomic_store_n(&fid->io_fd, io, __ATOMIC_RELEASE);
     }
     if (!err) {
-        if ((wire & O_ACCMODE) == O_RDONLY && !(wire & O_TRUNC))
-            origin_find(call->dev, fid);
+        if (fid->format == S_IFREG && (wire & O_ACCMODE) == O_RDONLY && !(wire & O_TRUNC))
+            __atomic_store_n(&fid->origin_wanted, true, __ATOMIC_RELEASE);
         events_add(call->dev, fid->format == S_IFDIR ? X9_SAW_LIST : X9_SAW_OPEN, fid, 0, 0, false);
     }
     pthread_mutex_unlock(&fid->lock);
@@ -651,11 +657,13 @@ static int h_read(struct x9_call *call)
     lease_file(call, fid);
     if (!call->may_block) {
         streams_read(call, fid, offset, count);
-        err = fid->plain_read || call->link->kind == X9_STREAM ? X9_LATER : read_cached(call, fid, offset, count);
+        bool later = fid->plain_read || call->link->kind == X9_STREAM || !origin_seek(call->dev, fid, false);
+        err = later ? X9_LATER : read_cached(call, fid, offset, count);
         fid_put(fid);
         return err;
     }
     uint8_t *buf = big(call);
+    origin_seek(call->dev, fid, true);
     int fd = origin_fd(call->dev, fid);
     struct iovec iov = {buf + X9_READ_HEADER, count};
     bool cached = false;

@@ -2,16 +2,17 @@
  *
  * A btrfs snapshot shares blocks on the disk with its origin, but the kernel's page cache is of inodes, and each clone has
  * inodes of its own: ten guests that read the same library have it in memory ten times. So data of a file that the guest
- * has opened for reading is taken from the origin's file as long as both are the same, and then one copy serves all clones.
+ * has opened for reading alone is taken from the origin's file as long as both are the same, and then one copy serves all clones.
  *
  * They are the same while inode number, generation, size and ctime of both agree, and agree with what they were when the
- * file was opened. The number and the generation say that the one inode was copied from the other by the snapshot. And a
+ * file was first read. The number and the generation say that the one inode was copied from the other by the snapshot. And a
  * change of either's data sets its ctime, before the data changes, to the time that it is then; there is no call that sets
  * it to another. This is looked at before each read, so a read that begins after a write has ended sees that write. */
 #include "x9.h"
 
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/openat2.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 
@@ -35,15 +36,16 @@ static bool generation_of(int fd, long *generation)
 }
 
 /* The origin's file, open for reading, of what a path beneath the export leads to; fd is that, and may be an O_PATH
- * one. Fills in *origin, if there is one. Returns a descriptor or -errno: ENOENT, there is none that is the same. */
-int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *origin)
+ * one. Fills in *origin, if there is one. Returns a descriptor or -errno: ENOENT, there is none that is the same; EAGAIN,
+ * with RESOLVE_CACHED, nobody knows without the disk. */
+int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *origin, uint64_t resolve)
 {
     struct stat mine, there;
     long generation, other;
 
     if (dev->config.origin_fd < 0)
         return -ENOENT;
-    int found = open_beneath(dev->config.origin_fd, path, O_PATH, 0, 0);
+    int found = open_beneath(dev->config.origin_fd, path, O_PATH, 0, resolve);
     if (found < 0)
         return found;
     int io = -ENOENT, own = -1;
@@ -66,24 +68,34 @@ int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *
     return io;
 }
 
-/* Looks for it once a file has been opened for reading alone. That there is none is no error. */
-void origin_find(struct x9_dev *dev, struct x9_fid *fid)
+/* Looks for it before the first read of a file that was opened for reading alone: most that are opened are in the guest's
+ * own page cache and never read. That there is none is no error. Returns false if that needs the disk and this thread may
+ * not wait for it. */
+bool origin_seek(struct x9_dev *dev, struct x9_fid *fid, bool may_block)
 {
     char path[PATH_MAX];
     struct x9_origin *origin;
 
-    if (dev->config.origin_fd < 0 || fid->format != S_IFREG)
-        return;
+    /* Whoever of several readers comes first looks; meanwhile the others read the file itself, which is as good. */
+    if (dev->config.origin_fd < 0 || !__atomic_load_n(&fid->origin_wanted, __ATOMIC_RELAXED) ||
+        !__atomic_exchange_n(&fid->origin_wanted, false, __ATOMIC_ACQUIRE))
+        return true;
     act_as_server(); /* who may read the one has the right to read the other: they are the same */
     uint32_t len = obs_path(dev, fid, path);
     if (len < 2 || len >= PATH_MAX || !(origin = calloc(1, sizeof *origin)))
-        return;
+        return true;
     path[len] = 0;
-    if (origin_open(dev, fid->path_fd, path + 1, origin) < 0) {
+    int fd = origin_open(dev, fid->path_fd, path + 1, origin, may_block ? 0 : RESOLVE_CACHED);
+    if (fd < 0) {
         free(origin);
-        return;
+        if (fd == -EAGAIN && !may_block) {
+            __atomic_store_n(&fid->origin_wanted, true, __ATOMIC_RELEASE);
+            return false;
+        }
+        return true;
     }
     __atomic_store_n(&fid->origin, origin, __ATOMIC_RELEASE);
+    return true;
 }
 
 /* Whether a file is as it was. */

@@ -161,6 +161,7 @@ struct x9_fid {
     uint64_t stream_own;     /* from where on it writes pages that nobody had before; X9_NOWHERE: nobody knows */
     uint64_t stream_dropped; /* up to where these are out of the page cache again */
     struct x9_flow flow;     /* a sequential reader; streams.c */
+    bool origin_wanted;       /* atomic; it has not been looked for yet, and a read may use it */
     struct x9_origin *origin; /* atomic; the same file in the tree that this was cloned from, or NULL; origin.c */
     pthread_mutex_t lock; /* Tlopen's change of state, the position of a directory stream, what came for an xattr */
     struct x9_xattr *xattr; /* this fid is an extended attribute and no file; from its making to its end */
@@ -571,8 +572,8 @@ int pages_resident(int fd, uint64_t offset, uint32_t pages, uint8_t resident[X9_
 int open_beneath(int dir, const char *name, uint64_t flags, uint64_t mode, uint64_t resolve);
 
 /* origin.c: reading unchanged files of a clone through the tree that it was made of */
-void origin_find(struct x9_dev *dev, struct x9_fid *fid);
-int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *origin);
+bool origin_seek(struct x9_dev *dev, struct x9_fid *fid, bool may_block);
+int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *origin, uint64_t resolve);
 int origin_fd(struct x9_dev *dev, struct x9_fid *fid);
 void origin_free(struct x9_origin *origin);
 

@@ -68,6 +68,18 @@ def answers(name: str) -> bool:
     return ask(name, "true") is not None
 
 
+def wait_for_sshd(dom0: Dom0, guest: str, timeout: float) -> None:
+    """Waits until a guest that boots answers ssh.
+
+    The host looks, and for the banner alone: to try whole connections meanwhile takes the processor from who boots.
+    """
+    found = dict(line.split(" ", 1) for line in local(f"ssh -G -F {STATE}/ssh_config {guest}").stdout.splitlines())
+    banner = f"timeout 5 bash -c 'exec 3<>/dev/tcp/{found['hostname']}/22 && head -c 4 <&3' 2> /dev/null | grep -q SSH-"
+    done = dom0.run(f"for i in $(seq {timeout:.0f}); do {banner} && exit 0; sleep 1; done; exit 1")
+    assert done.rc == 0, f"not within {timeout:.0f} s: {guest} has a running sshd"
+    wait_until(f"{guest} answers ssh", lambda: answers(guest), 60)
+
+
 def wait_until(what: str, check: Callable[[], bool], timeout: float = 60.0) -> float:
     """Seconds until check() held; fails naming what did not happen."""
     began = time.monotonic()

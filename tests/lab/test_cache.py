@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lab import GUESTS, Dom0, answers, connect, drop_connection, wait_until
+from lab import GUESTS, Dom0, connect, drop_connection, wait_for_sshd, wait_until
 
 MIB = 1 << 20
 ROOTS = "/srv/xen9p/guests"
@@ -53,7 +53,7 @@ def restart(dom0: Dom0, guest: str, *, cold: bool) -> float:
         drop(dom0)
     began = time.monotonic()
     dom0.out(f"xl create /etc/xen/{guest}.cfg")
-    wait_until(f"{guest} answers", lambda: answers(guest), 300)
+    wait_for_sshd(dom0, guest, 300)
     return time.monotonic() - began
 
 
@@ -211,7 +211,7 @@ def test_what_was_foreseen_is_there_before_the_guest_asks(dom0: Dom0) -> None:
         assert dom0.device("g2", "root")["requests"] == 0  # type: ignore[index]
     finally:
         dom0.out("xl unpause g2")
-        wait_until("g2 answers", lambda: answers("g2"), 300)
+        wait_for_sshd(dom0, "g2", 300)
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lab import BACKEND, GUESTS, TAGS, Dom0, answers, ask, connect, drop_connection, wait_until
+from lab import BACKEND, GUESTS, TAGS, Dom0, ask, connect, drop_connection, wait_for_sshd, wait_until
 from locks import attempt, hold, posix
 
 BOOT = 150.0  # seconds that a guest may take under emulation while the other one runs
@@ -21,7 +21,7 @@ def mounted(guest: str) -> bool:
 def comes_back(dom0: Dom0, guest: str, other_than: int | None) -> None:
     """Waits until the guest answers as a new domain with all mounts working."""
     wait_until(f"{guest} is a new domain", lambda: dom0.domid(guest) not in (None, other_than), BOOT)
-    wait_until(f"{guest} answers ssh", lambda: answers(guest), BOOT)
+    wait_for_sshd(dom0, guest, BOOT)
     drop_connection(guest)
     wait_until(f"{guest} has its mounts", lambda: mounted(guest), 30)
     for tag in TAGS:

@@ -75,7 +75,8 @@ def wait_for_sshd(dom0: Dom0, guest: str, timeout: float) -> None:
     """
     found = dict(line.split(" ", 1) for line in local(f"ssh -G -F {STATE}/ssh_config {guest}").stdout.splitlines())
     banner = f"timeout 5 bash -c 'exec 3<>/dev/tcp/{found['hostname']}/22 && head -c 4 <&3' 2> /dev/null | grep -q SSH-"
-    done = dom0.run(f"for i in $(seq {timeout:.0f}); do {banner} && exit 0; sleep 1; done; exit 1")
+    more = "[ $(date +%s) -lt $end ]"
+    done = dom0.run(f"end=$(($(date +%s) + {timeout:.0f})); while {more}; do {banner} && exit 0; sleep 1; done; exit 1")
     assert done.rc == 0, f"not within {timeout:.0f} s: {guest} has a running sshd"
     wait_until(f"{guest} answers ssh", lambda: answers(guest), 60)
 

@@ -24,7 +24,7 @@ RUNNING = frozenset({"running", ""})  # what status() says of a machine that is 
 TCG_CPU = "qemu64,+svm,+npt,+ssse3,+sse4.1,+sse4.2,+popcnt"
 # What is paid for by every page and every path, and protects nothing in a lab: mitigations, clearing of pages that are
 # written anyway, accounting of memory, AppArmor and TOMOYO without a policy. No commas: QEMU takes them for its own.
-LEAN = "mitigations=off init_on_alloc=0 lsm=landlock audit=0"
+LEAN = "mitigations=off init_on_alloc=0 lsm=landlock"
 KERNEL_ARGS = f"root=/dev/vda rw console=hvc0 {LEAN} quiet loglevel=4 systemd.show_status=0 net.ifnames=0"
 
 

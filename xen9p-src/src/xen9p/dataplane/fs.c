@@ -495,8 +495,9 @@ static int h_lopen(struct x9_call *call)
             __atomic_store_n(&fid->io_fd, io, __ATOMIC_RELEASE);
     }
     if (!err) {
-        if (fid->format == S_IFREG && (wire & O_ACCMODE) == O_RDONLY && !(wire & O_TRUNC))
-            __atomic_store_n(&fid->origin_wanted, true, __ATOMIC_RELEASE);
+        if (call->dev->config.origin_fd >= 0 && fid->format == S_IFREG && (wire & O_ACCMODE) == O_RDONLY &&
+            !(wire & O_TRUNC))
+            __atomic_store_n(&fid->origin_state, X9_ORIGIN_WANTED, __ATOMIC_RELEASE);
         events_add(call->dev, fid->format == S_IFDIR ? X9_SAW_LIST : X9_SAW_OPEN, fid, 0, 0, false);
     }
     pthread_mutex_unlock(&fid->lock);

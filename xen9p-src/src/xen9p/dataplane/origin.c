@@ -76,26 +76,26 @@ bool origin_seek(struct x9_dev *dev, struct x9_fid *fid, bool may_block)
     char path[PATH_MAX];
     struct x9_origin *origin;
 
+    uint8_t wanted = X9_ORIGIN_WANTED;
     /* Whoever of several readers comes first looks; meanwhile the others read the file itself, which is as good. */
-    if (dev->config.origin_fd < 0 || !__atomic_load_n(&fid->origin_wanted, __ATOMIC_RELAXED) ||
-        !__atomic_exchange_n(&fid->origin_wanted, false, __ATOMIC_ACQUIRE))
+    if (__atomic_load_n(&fid->origin_state, __ATOMIC_RELAXED) != wanted ||
+        !__atomic_compare_exchange_n(&fid->origin_state, &wanted, X9_ORIGIN_SOUGHT, false, __ATOMIC_ACQUIRE,
+                                     __ATOMIC_RELAXED))
         return true;
     act_as_server(); /* who may read the one has the right to read the other: they are the same */
     uint32_t len = obs_path(dev, fid, path);
-    if (len < 2 || len >= PATH_MAX || !(origin = calloc(1, sizeof *origin)))
-        return true;
-    path[len] = 0;
-    int fd = origin_open(dev, fid->path_fd, path + 1, origin, may_block ? 0 : RESOLVE_CACHED);
-    if (fd < 0) {
-        free(origin);
-        if (fd == -EAGAIN && !may_block) {
-            __atomic_store_n(&fid->origin_wanted, true, __ATOMIC_RELEASE);
-            return false;
-        }
-        return true;
+    int fd = -ENOENT;
+    if (len >= 2 && len < PATH_MAX && (origin = calloc(1, sizeof *origin))) {
+        path[len] = 0;
+        fd = origin_open(dev, fid->path_fd, path + 1, origin, may_block ? 0 : RESOLVE_CACHED);
+        if (fd < 0)
+            free(origin);
+        else
+            __atomic_store_n(&fid->origin, origin, __ATOMIC_RELEASE);
     }
-    __atomic_store_n(&fid->origin, origin, __ATOMIC_RELEASE);
-    return true;
+    bool later = fd == -EAGAIN && !may_block;
+    __atomic_store_n(&fid->origin_state, later ? X9_ORIGIN_WANTED : X9_ORIGIN_KNOWN, __ATOMIC_RELEASE);
+    return !later;
 }
 
 /* Whether a file is as it was. */

@@ -178,15 +178,17 @@ void streams_step(struct x9_stream *stream)
     struct x9_fid *fid = stream->fid;
     struct x9_flow *flow = &fid->flow;
     struct x9_ahead *ahead = flow->ahead;
-    int fd = origin_fd(stream->dev, fid);
     uint64_t at = __atomic_load_n(&flow->end, __ATOMIC_RELAXED);
     struct stat st;
 
+    origin_seek(stream->dev, fid, true);
+    bool known = __atomic_load_n(&fid->origin_state, __ATOMIC_ACQUIRE) == X9_ORIGIN_KNOWN;
+    int fd = origin_fd(stream->dev, fid);
     act_as_server(); /* to see what is there; the file is open */
     if (__atomic_load_n(&flow->left, __ATOMIC_RELAXED)) {
         end(flow, fd);
         posix_fadvise(fd, 0, 0, POSIX_FADV_NORMAL);
-    } else {
+    } else if (known) { /* what is noted of one file must not be taken for the other's */
         posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM); /* no reading ahead but ours: what is not looked at is not dropped */
         while (ahead->count && ahead->steps[ahead->first].at + STEP + BEHIND <= at)
             drop_step(ahead, fd);

@@ -147,6 +147,8 @@ struct x9_flow {
 };
 #define X9_NOWHERE UINT64_MAX
 struct x9_locks;
+/* Whether there is an origin: that is known, or of no use; a read may look for it; a thread is looking. */
+enum x9_origin_state { X9_ORIGIN_KNOWN, X9_ORIGIN_WANTED, X9_ORIGIN_SOUGHT };
 
 struct x9_fid {
     uint32_t num;
@@ -161,7 +163,7 @@ struct x9_fid {
     uint64_t stream_own;     /* from where on it writes pages that nobody had before; X9_NOWHERE: nobody knows */
     uint64_t stream_dropped; /* up to where these are out of the page cache again */
     struct x9_flow flow;     /* a sequential reader; streams.c */
-    bool origin_wanted;       /* atomic; it has not been looked for yet, and a read may use it */
+    uint8_t origin_state;     /* atomic; enum x9_origin_state */
     struct x9_origin *origin; /* atomic; the same file in the tree that this was cloned from, or NULL; origin.c */
     pthread_mutex_t lock; /* Tlopen's change of state, the position of a directory stream, what came for an xattr */
     struct x9_xattr *xattr; /* this fid is an extended attribute and no file; from its making to its end */

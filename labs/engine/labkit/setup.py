@@ -13,10 +13,11 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from labkit import state
 from labkit.course import Student
@@ -32,6 +33,7 @@ _REFUSED: Final = 3
 """Exit code of our scripts when they have something to say."""
 
 Say = Callable[[str], None]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,9 +279,12 @@ class Setup:
         values = _b64(values_file(self.lab, self.student))
         command = _b64((SCRIPTS / "lab-values").read_text())
         install = f'base64 -d <<<{command} >"${{ROOT:-}}{BIN}/lab-values"; chmod 755 "${{ROOT:-}}{BIN}/lab-values"\n'
-        self.say(f"{self.system.name(HOST)}: files, policy, devices")
-        self._to_host(values, install)
-        for place in self.guests:
+
+        def prepare(place: str) -> None:
+            if place == HOST:
+                self.say(f"{self.system.name(HOST)}: files, policy, devices")
+                self._to_host(values, install)
+                return
             self.say(f"{self.system.name(place)}: working folder")
             variables = self._variables() | {
                 "bin": f'"${{ROOT:-}}{BIN}"',
@@ -288,6 +293,8 @@ class Setup:
             }
             text = script("prepare_guest.sh", variables) + "\n" + install
             check(self.system.run(place, text, 60), f"preparing {self.system.name(place)}")
+
+        _at_once(prepare, (HOST, *self.guests))
 
     def _to_host(self, values: str, install: str) -> None:
         block = policy_block(self.lab, self.student)
@@ -314,11 +321,14 @@ class Setup:
         end = _b64((SCRIPTS / "end.py").read_text())
         # Not from the file: a reset that was cut off has taken it away.
         load = values_file(self.lab, self.student)
-        for place in self.guests:
+
+        def clear(place: str) -> None:
             self.say(f"{self.system.name(place)}: processes, mounts, working folder")
             variables = self._variables() | {"end": end, "cleanup": quote(self.lab.reset.get("guest", ""))}
             text = load + script("clear_guest.sh", variables)
             check(self.system.run(place, text, 60), f"clearing {self.system.name(place)}")
+
+        _at_once(clear, self.guests)
         self.say(f"{self.system.name(HOST)}: processes, policy, devices, store")
         variables = self._host_variables() | {"end": end, "cleanup": quote(self.lab.reset.get("host", ""))}
         check(self.system.run(HOST, load + script("clear.sh", variables), 120), f"clearing {self.system.name(HOST)}")
@@ -347,18 +357,24 @@ class Setup:
 
     def _manifest(self) -> list[str]:
         """A line for each thing that a reset has to bring back."""
-        variables = self._host_variables() | {"left": quote(self.lab.left.get("host", "")), "mounts": "''"}
         load = f'[ ! -r "{self.paths.work}/values" ] || . "{self.paths.work}/values"\n'
-        done = check(self.system.run(HOST, load + script("manifest.sh", variables), 120), "looking at the host")
-        lines = [f"host {line}" for line in done.out.splitlines()]
-        for place in self.guests:
-            variables = self._variables() | {
-                "left": quote(self.lab.left.get("guest", "")),
-                "guests": "''",
-            }
-            done = check(self.system.run(place, load + script("manifest.sh", variables), 60), "looking at a guest")
-            lines += [f"{place} {line}" for line in done.out.splitlines()]
-        return lines
+
+        def look(place: str) -> list[str]:
+            if place == HOST:
+                variables = self._host_variables() | {"left": quote(self.lab.left.get("host", "")), "mounts": "''"}
+            else:
+                variables = self._variables() | {"left": quote(self.lab.left.get("guest", "")), "guests": "''"}
+            text = load + script("manifest.sh", variables)
+            done = check(self.system.run(place, text, 120), f"looking at {self.system.name(place)}")
+            return [f"{place} {line}" for line in done.out.splitlines()]
+
+        return [line for lines in _at_once(look, (HOST, *self.guests)) for line in lines]
+
+
+def _at_once(work: Callable[[str], Found], places: Sequence[str]) -> list[Found]:
+    """Does something at several places at the same time; what each gave, in their order. All end before one's error."""
+    with ThreadPoolExecutor(max(1, len(places))) as pool:
+        return list(pool.map(work, places))
 
 
 def differences(before: list[str], after: list[str]) -> list[str]:

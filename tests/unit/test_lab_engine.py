@@ -273,6 +273,16 @@ def test_a_second_start_leaves_the_work_alone(room: Classroom) -> None:
 
 
 @needs_btrfs
+def test_the_times_of_a_start_can_be_brought_back_in_a_guest(room: Classroom) -> None:
+    """Linux's 9P client sets whole seconds alone."""
+    made = room.lab()
+    made.start()
+    files = [path for path in (room.host() / "store/labs/ada/sample").rglob("*") if path.is_file()]
+    assert files
+    assert all(path.stat().st_mtime_ns % 1_000_000_000 == 0 for path in files)
+
+
+@needs_btrfs
 def test_a_start_that_was_cut_off_is_done_anew(room: Classroom) -> None:
     made = room.lab()
     made.start()

@@ -122,7 +122,8 @@ def never(look: Look) -> Verdict:
     folder = f"never-{secrets.token_hex(4)}"
     names = " ".join(CHANGES)
     make = f'mkdir "$part/own/{folder}" && cd "$part/own/{folder}" && yes "an old line" | head -c 3000 > old'
-    look.run("host", f"{make} && for n in {names}; do cp old $n; done; touch time")
+    # Whole seconds: Linux's 9P client sets no others, and a time that g2 brings back must be the very one that it was.
+    look.run("host", f'{make} && for n in {names}; do cp old $n; done; touch -d "@$(date +%s)" {names} time')
     wait = "for try in $(seq 400); do [ ! -e ready ] || break; sleep 0.05; done"
     sums = f"sha256sum {names} 2>/dev/null"
     # g1 goes on reading until g2 says that it is done, so that whatever is good for some time is in use at that moment.

@@ -150,7 +150,7 @@ def tree_script(lab: Lab, student: Student) -> str:
                 f"(yes {quote(fill(file.fill, values))} || true) | head -c {int(fill(file.size, values))} >{path}"
             )
         lines.append(f"chown {quote(fill(file.owner, values))} {path} && chmod {file.mode} {path}")
-    # In whole seconds: Linux's 9P client sets no others, so who brings a time back in a guest would be seen by the rest.
+    # In whole seconds: Linux's 9P client sets no others, so no guest could bring another time back.
     lines.append('find . -type f -exec touch -d "@$(date +%s)" {} +')
     return "\n".join(lines)
 

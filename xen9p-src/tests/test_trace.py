@@ -167,6 +167,26 @@ def test_who_cannot_be_traced(lab: Host, capfd: pytest.CaptureFixture[str]) -> N
     assert error.startswith("xen9p: error: no device g3")
 
 
+def test_a_device_that_comes_is_waited_for(lab: Host) -> None:
+    (root,) = [device for device in lab.devices if device.guest == "g2"]
+    root.phase = "waiting"
+    began = time.monotonic()
+    with pytest.raises(ControlError, match="no device g2:root is served"):
+        trace.open_all("g2:root", lab.runtime, 0, wait=0.3)
+    assert time.monotonic() - began >= 0.3
+    later = threading.Timer(0.3, setattr, (root, "phase", "connected"))
+    later.start()
+    (source,) = trace.open_all("g2:root", lab.runtime, 0, wait=30)
+    later.join()
+    assert source.name == "g2:root"
+    # That somebody else has it is no reason to wait.
+    began = time.monotonic()
+    with pytest.raises(ControlError, match="somebody traces this device already"):
+        trace.open_all("g2:root", lab.runtime, 0, wait=30)
+    assert time.monotonic() - began < 10
+    source.sock.close()
+
+
 def test_a_reader_that_stops_reading_loses_records_and_holds_up_nobody(lab: Host) -> None:
     home = lab.devices[0].session
     source = trace.Source.open("g1:home", trace.find("g1", lab.runtime)[0][1], 16384)

@@ -185,6 +185,7 @@ def _trace(args: argparse.Namespace) -> int:
             data=args.data,
             seconds=args.duration,
             count=args.count,
+            wait=args.wait or 0.0,
         )
     return 0
 

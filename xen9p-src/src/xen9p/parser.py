@@ -141,6 +141,9 @@ def _trace(commands: Subparsers) -> None:
         help="type=Tread,Twrite; path=GLOB; errno=ENOENT,... or any; slower=MS; all that are given must hold",
     )
     trace.add_argument("--duration", type=_seconds, metavar="S", help="end after so many seconds")
+    trace.add_argument(
+        "--wait", type=_seconds, metavar="S", help="for a device that is not there yet, so long: as for a guest's boot"
+    )
     trace.add_argument("--count", type=_count, metavar="N", help="end after so many requests")
     trace.add_argument("--data", type=int, default=64, metavar="BYTES", help="of file data; default: %(default)s")
     options.runtime_dir(trace)

@@ -28,6 +28,7 @@ from xen9p.records import Exchange, unpack
 from xen9p.traceformat import Format, JsonLines, Text, error_name
 
 _GREETING: Final = 5.0  # seconds for a worker to say that it traces
+_LOOK: Final = 0.1  # seconds between two looks for a device that is waited for
 
 Filter = Callable[[Exchange], bool]
 
@@ -104,6 +105,10 @@ def format_of(path: str) -> Format:
 # Where it comes from.
 
 
+class _NotThereError(ControlError):
+    """A device that may come."""
+
+
 @dataclass
 class Source:
     """A connection to one worker that traces."""
@@ -135,11 +140,11 @@ class Source:
                     if event.get("event") == "tracing":
                         sock.setblocking(False)
                         return cls(name, sock, lines, events[i + 1 :])
-            raise ControlError(f"{name}: its worker does not trace", "is it of the same version, and connected?")
+            raise _NotThereError(f"{name}: its worker does not trace", "is it of the same version, and connected?")
         except (OSError, BadLineError) as error:
             sock.close()
             what = getattr(error, "strerror", None) or str(error)
-            raise ControlError(f"{name}: cannot reach its worker: {what}", "see: xen9p status") from None
+            raise _NotThereError(f"{name}: cannot reach its worker: {what}", "see: xen9p status") from None
         except ControlError:
             sock.close()
             raise
@@ -186,8 +191,33 @@ def find(target: str, runtime: Path) -> list[tuple[str, Path]]:
     ]
     if not found:
         there = ", ".join(sorted({f"{d['guest']}:{d['tag']}" for d in devices if d["phase"] == "connected"})) or "none"
-        raise ControlError(f"no device {target} is served" if target else "no device is served", f"served: {there}")
+        raise _NotThereError(f"no device {target} is served" if target else "no device is served", f"served: {there}")
     return found
+
+
+def open_all(target: str, runtime: Path, data: int, wait: float = 0.0) -> list[Source]:
+    """Asks the workers of all devices that are meant, as find() has it, for their traces.
+
+    Args:
+        wait: seconds for which to look again while there are none: a guest may be about to start.
+
+    Raises:
+        ControlError: there are none, or somebody traces one already.
+    """
+    until = time.monotonic() + wait
+    while True:
+        sources: list[Source] = []
+        try:
+            for name, path in find(target, runtime):
+                sources.append(Source.open(name, path, data))
+        except ControlError as error:
+            for source in sources:
+                source.sock.close()
+            if not isinstance(error, _NotThereError) or time.monotonic() >= until:
+                raise
+        else:
+            return sources
+        time.sleep(_LOOK)
 
 
 # The trace.
@@ -260,17 +290,21 @@ def run(
     data: int,
     seconds: float | None = None,
     count: int | None = None,
+    wait: float = 0.0,
 ) -> Tally:
     """Traces devices until time or count is over, they have ended, or somebody presses Ctrl-C.
+
+    Args:
+        wait: seconds for which to wait for a device that is not there yet.
 
     Raises:
         ControlError: there is nothing to trace, or somebody traces it already.
     """
     tally = Tally()
-    sources: list[Source] = []
+    if wait:
+        print(f"xen9p: waiting {wait:g} s at the most for {target or 'a device'}", file=sys.stderr, flush=True)
+    sources = open_all(target, runtime, data, wait)
     try:
-        for name, path in find(target, runtime):
-            sources.append(Source.open(name, path, data))
         print(f"xen9p: tracing {', '.join(s.name for s in sources)}; Ctrl-C ends it", file=sys.stderr, flush=True)
         out.write(form.start())
         out.flush()

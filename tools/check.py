@@ -183,7 +183,7 @@ def main() -> int:
     if outcomes[0].code == 0:
         outcomes += run_all(checks(), options.jobs)
     if options.molecule and all(outcome.code == 0 for outcome in outcomes):
-        outcomes += run_all([long(), sanitized("address", "--quick"), sanitized("thread", "--quick")], 2)
+        outcomes += run_all([long(), sanitized("address", "--quick"), sanitized("thread", "--quick")], 1)
         outcomes.append(molecule())
     print(table(outcomes, time.monotonic() - began))
     failed = [outcome.step.name for outcome in outcomes if outcome.code != 0]

@@ -10,7 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,10 @@ IN_C = (
     "auth", "pause", "leases", "streams", "origin", "prefetch",
 )  # fmt: skip
 """The tests that run C for the most part; the others are left out where time is short."""
+BROKEN = ("LeakSanitizer has encountered a fatal error", "ThreadSanitizer failed to allocate")
+"""What a sanitizer says when it has found nothing and broken down itself: its tracer met a thread that began or ended, or
+the kernel's random addresses left no room for its shadow memory. Both are rare, and pass at the next try."""
+TRIES = 3
 WITH_PROCESSES = {"thread": "not two_processes and not confined"}
 """What of these ThreadSanitizer of gcc 12 does not stand: threads in the child of a process that has threads, and now
 and then a second process (it finds no room for its shadow memory)."""
@@ -97,7 +101,25 @@ def main() -> int:
     tests = [str(SOURCE / "tests" / f"test_{name}.py") for name in IN_C] if options.quick else []
     chosen = ["-k", WITH_PROCESSES[options.kind]] if options.quick and options.kind in WITH_PROCESSES else []
     command = pytest_command(library, [*tests, *chosen, *rest])
-    return subprocess.run(command, cwd=SOURCE, env=environment(options.kind, library), check=False).returncode
+    for left in reversed(range(TRIES)):
+        code, broken = run(command, environment(options.kind, library))
+        if not code or not broken or not left:
+            break
+        print(f"the {options.kind} sanitizer broke down itself: once more", flush=True)
+    return code
+
+
+def run(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, bool]:
+    """Run the tests and show what they say. Return their exit code, and whether the sanitizer itself broke down."""
+    broken = False
+    with subprocess.Popen(
+        command, cwd=SOURCE, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            broken |= any(words in line for words in BROKEN)
+    return process.returncode, broken
 
 
 if __name__ == "__main__":

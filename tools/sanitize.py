@@ -30,8 +30,8 @@ IN_C = (
 )  # fmt: skip
 """The tests that run C for the most part; the others are left out where time is short."""
 BROKEN = ("LeakSanitizer has encountered a fatal error", "ThreadSanitizer failed to allocate")
-"""What a sanitizer says when it has found nothing and broken down itself: its tracer met a thread that began or ended, or
-the kernel's random addresses left no room for its shadow memory. Both are rare, and pass at the next try."""
+"""What a sanitizer says when it has found nothing and broken down itself: its tracer met a thread that began or ended,
+or addresses at random left no room for its shadow memory. Both are rare, and pass at the next try."""
 TRIES = 3
 WITH_PROCESSES = {"thread": "not two_processes and not confined"}
 """What of these ThreadSanitizer of gcc 12 does not stand: threads in the child of a process that has threads, and now

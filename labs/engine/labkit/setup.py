@@ -255,8 +255,7 @@ class Setup:
     def _without_mount_points(self) -> None:
         """Empty ones of before are no part of the start: a reset takes them away, and nobody makes them anew."""
         points = " ".join(quote(top) for top in self.lab.mounts)
-        for place in self.guests if points else ():
-            self.system.run(place, f"rmdir {points} 2>/dev/null")
+        _at_once(lambda place: self.system.run(place, f"rmdir {points} 2>/dev/null"), self.guests if points else ())
 
     def _variables(self) -> dict[str, str]:
         return {
@@ -281,24 +280,23 @@ class Setup:
         values = _b64(values_file(self.lab, self.student))
         command = _b64((SCRIPTS / "lab-values").read_text())
         install = f'base64 -d <<<{command} >"${{ROOT:-}}{BIN}/lab-values"; chmod 755 "${{ROOT:-}}{BIN}/lab-values"\n'
+        _at_once(
+            lambda place: self._to_host(values, install) if place == HOST else self._to_guest(place, values, install),
+            (HOST, *self.guests),
+        )
 
-        def prepare(place: str) -> None:
-            if place == HOST:
-                self.say(f"{self.system.name(HOST)}: files, policy, devices")
-                self._to_host(values, install)
-                return
-            self.say(f"{self.system.name(place)}: working folder")
-            variables = self._variables() | {
-                "bin": f'"${{ROOT:-}}{BIN}"',
-                "kit": _kit(self.lab.folder / "start" / "guest"),
-                "values": values,
-            }
-            text = script("prepare_guest.sh", variables) + "\n" + install
-            check(self.system.run(place, text, 60), f"preparing {self.system.name(place)}")
-
-        _at_once(prepare, (HOST, *self.guests))
+    def _to_guest(self, place: str, values: str, install: str) -> None:
+        self.say(f"{self.system.name(place)}: working folder")
+        variables = self._variables() | {
+            "bin": f'"${{ROOT:-}}{BIN}"',
+            "kit": _kit(self.lab.folder / "start" / "guest"),
+            "values": values,
+        }
+        text = script("prepare_guest.sh", variables) + "\n" + install
+        check(self.system.run(place, text, 60), f"preparing {self.system.name(place)}")
 
     def _to_host(self, values: str, install: str) -> None:
+        self.say(f"{self.system.name(HOST)}: files, policy, devices")
         block = policy_block(self.lab, self.student)
         filled = values_of(self.lab, self.student)
         attach = [

@@ -31,9 +31,9 @@ def test_wrong_usage(args: list[str], code: int, line: str, capsys: pytest.Captu
 
 def test_each_command_has_its_options_alone_too(capsys: pytest.CaptureFixture[str]) -> None:
     """main() builds no more than the command that is asked for: it must be the same as among all."""
-    assert tuple(file_options.ADD) == parser.FILE_COMMANDS
     everything = parser.build_parser()
     names = parser.names()
+    assert names[-len(file_options.ADD) :] == tuple(file_options.ADD)
     assert {"status", "snapshot", "mount"} < set(names)
     for name in names:
         helps = []

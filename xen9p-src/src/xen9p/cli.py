@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import IO, Any, Final
 
 from xen9p.errors import Xen9pError
-from xen9p.parser import FILE_COMMANDS, build_parser
+from xen9p.parser import build_parser
 
 _UNITS: Final = ("B", "K", "M", "G", "T")
 # fmt: off
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
             return _serve(args)
         case "mount" | "snapshot" | "dedup" | "cache":
             return _elsewhere(args)
-        case command if command in FILE_COMMANDS:
+        case _:
             from xen9p.file_commands import run as work_on_files  # noqa: PLC0415
 
             return work_on_files(args)

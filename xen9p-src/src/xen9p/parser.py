@@ -13,10 +13,6 @@ from typing import Any, Final
 from xen9p import __version__, defaults, options
 from xen9p.options import Subparsers
 
-FILE_COMMANDS: Final = (
-    "tags", "ls", "cat", "cp", "stat", "write", "mkdir", "rm", "mv", "ln", "readlink", "df", "mount",
-)  # fmt: skip
-"""Those of file_options.py."""
 EXIT_USAGE: Final = 2
 
 
@@ -38,7 +34,8 @@ def build_parser(only: str = "") -> argparse.ArgumentParser:
     top = _Parser(prog="xen9p", description="Files for Xen guests: see and change what xen9pd serves.")
     top.add_argument("--version", action="version", version=f"xen9p {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in [_ADD[only]] if only in _ADD else _ADD.values():
+    adders = _OWN if only in _OWN else _adders()
+    for add in [adders[only]] if only in adders else adders.values():
         add(commands)
     return top
 
@@ -253,13 +250,7 @@ def _of(module: str, commands: Subparsers) -> None:
     importlib.import_module(module).add(commands)
 
 
-def _of_files(name: str, commands: Subparsers) -> None:
-    from xen9p import file_options  # noqa: PLC0415
-
-    file_options.ADD[name](commands)
-
-
-_ADD: Final[dict[str, Callable[[Subparsers], None]]] = {
+_OWN: Final[dict[str, Callable[[Subparsers], None]]] = {
     "status": _status,
     "attach": _attach,
     "detach": _detach,
@@ -273,11 +264,17 @@ _ADD: Final[dict[str, Callable[[Subparsers], None]]] = {
     "key": _keys,
     "dedup": partial(_of, "xen9p.dedup_options"),
     "cache": partial(_of, "xen9p.cache_options"),
-    **{name: partial(_of_files, name) for name in FILE_COMMANDS},
 }
-"""What adds each command, in the order of the help."""
+"""What adds each command, but for those that work on files."""
+
+
+def _adders() -> dict[str, Callable[[Subparsers], None]]:
+    """What adds each command, in the order of the help."""
+    from xen9p import file_options  # noqa: PLC0415
+
+    return {**_OWN, **file_options.ADD}
 
 
 def names() -> tuple[str, ...]:
     """Every command, in the order of the help."""
-    return tuple(_ADD)
+    return tuple(_adders())

@@ -2,7 +2,7 @@
  *
  * A btrfs snapshot shares blocks on the disk with its origin, but the kernel's page cache is of inodes, and each clone has
  * inodes of its own: ten guests that read the same library have it in memory ten times. So data of a file that the guest
- * has opened for reading alone is taken from the origin's file as long as both are the same, and then one copy serves all clones.
+ * has opened for reading alone is taken from the origin's file as long as both are the same: one copy serves all clones.
  *
  * They are the same while inode number, generation, size and ctime of both agree, and agree with what they were when the
  * file was first read. The number and the generation say that the one inode was copied from the other by the snapshot. And a
@@ -75,8 +75,8 @@ bool origin_seek(struct x9_dev *dev, struct x9_fid *fid, bool may_block)
 {
     char path[PATH_MAX];
     struct x9_origin *origin;
-
     uint8_t wanted = X9_ORIGIN_WANTED;
+
     /* Whoever of several readers comes first looks; meanwhile the others read the file itself, which is as good. */
     if (__atomic_load_n(&fid->origin_state, __ATOMIC_RELAXED) != wanted ||
         !__atomic_compare_exchange_n(&fid->origin_state, &wanted, X9_ORIGIN_SOUGHT, false, __ATOMIC_ACQUIRE,

@@ -64,6 +64,25 @@ def test_every_request_is_counted_once_in_its_group(session: Session) -> None:
     assert device.stats()["errors"] == 2
 
 
+def test_the_end_of_a_listing_is_not_looked_for_again(session: Session) -> None:
+    """A client asks until nothing more comes; only the first answer is the pool's. Who begins anew sees what has come since."""
+    client, device = session.client, session.served.device
+    (session.served.path / "one").touch()
+    listing = client.walk(session.root)
+    client.lopen(listing)
+    for asked, names in ((1, {b".", b"..", b"one"}), (2, {b".", b"..", b"one", b"two"})):
+        entries = client.readdir(listing)
+        assert {entry.name for entry in entries} == names
+        (session.served.path / "two").touch()
+        assert [client.readdir(listing, entries[-1].offset) for _ in range(3)] == [[]] * 3
+        middle = client.readdir(listing, entries[0].offset)
+        assert {entry.name for entry in middle} >= {entry.name for entry in entries[1:]}
+        assert client.readdir(listing, middle[-1].offset) == []
+        settled(device, device.stats()["requests"])
+        assert counted(device, "readdir", "queue") == 2 * asked
+        assert counted(device, "readdir", "total") == 6 * asked
+
+
 def test_stages_add_up_and_a_slow_one_shows_where(export: Path) -> None:
     began = time.perf_counter()
     with memory_session(export) as session:

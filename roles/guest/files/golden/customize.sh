@@ -57,7 +57,7 @@ build_initramfs() {
   initramfs_list net xen-netfront
   initramfs_list 9p 9pnet_xen 9p
   initramfs_list ext4 xen-blkfront crc32c_generic ext4
-  initramfs_list systemd autofs4
+  initramfs_list systemd autofs4 ip_tables
   mknod -m 0600 "$ramfs/dev/console" c 5 1
   find "$ramfs" -exec touch -h -d "@${SOURCE_DATE_EPOCH:-0}" {} +
   (cd "$ramfs" && find . | LC_ALL=C sort | "$tree/bin/busybox" cpio -o -H newc 2> "$work/cpio.log") |

@@ -26,6 +26,7 @@ struct x9_fid *fid_new(uint32_t num, int path_fd, uint32_t format, uint32_t uid)
     }
     fid->num = num, fid->path_fd = path_fd, fid->io_fd = -1, fid->format = format, fid->uid = uid, fid->refs = 1;
     fid->stream_own = fid->stream_end = X9_NOWHERE; /* the first write is no sequel */
+    fid->dir_end = X9_NOWHERE;
     pthread_mutex_init(&fid->lock, NULL);
     return fid;
 }

@@ -592,8 +592,8 @@ static void note_read(struct x9_call *call, struct x9_fid *fid, int fd, uint64_t
     events_add(call->dev, X9_SAW_READ, fid, offset, got, cached);
 }
 
-/* Read what the page cache has straight into the ring. Returns as a handler does. */
-static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset, uint32_t count)
+/* Read what the page cache has of fd straight into the ring. Returns as a handler does. */
+static int read_cached(struct x9_call *call, struct x9_fid *fid, int fd, uint64_t offset, uint32_t count)
 {
     struct x9_link *link = call->link;
     struct iovec iov[2];
@@ -608,7 +608,6 @@ static int read_cached(struct x9_call *call, struct x9_fid *fid, uint64_t offset
         return X9_DONE; /* the device is ending */
     }
     int n = ring_tx_iov(&link->ring, X9_READ_HEADER, count, iov);
-    int fd = origin_fd(call->dev, fid);
     ssize_t got = preadv2(fd, iov, n, (off_t)offset, RWF_NOWAIT);
     if (got < 0)
         err = errno == EAGAIN ? X9_LATER : errno;
@@ -643,7 +642,7 @@ static int h_read(struct x9_call *call)
     uint64_t offset = take64(&c);
     uint32_t count = take32(&c);
     struct x9_fid *fid;
-    int err;
+    int err, fd;
 
     if (!complete(&c))
         return X9_MALFORMED;
@@ -658,14 +657,13 @@ static int h_read(struct x9_call *call)
     lease_file(call, fid);
     if (!call->may_block) {
         streams_read(call, fid, offset, count);
-        bool later = fid->plain_read || call->link->kind == X9_STREAM || !origin_seek(call->dev, fid, false);
-        err = later ? X9_LATER : read_cached(call, fid, offset, count);
+        bool later = fid->plain_read || call->link->kind == X9_STREAM || !origin_seek(call->dev, fid, false, &fd);
+        err = later ? X9_LATER : read_cached(call, fid, fd, offset, count);
         fid_put(fid);
         return err;
     }
     uint8_t *buf = big(call);
-    origin_seek(call->dev, fid, true);
-    int fd = origin_fd(call->dev, fid);
+    origin_seek(call->dev, fid, true, &fd);
     struct iovec iov = {buf + X9_READ_HEADER, count};
     bool cached = false;
     ssize_t got = -1;
@@ -793,6 +791,25 @@ static int h_write(struct x9_call *call)
     return 0;
 }
 
+/* A client asks until there is nothing more: twice, as Linux does, for each listing. Where the last answer said so, this one
+ * does, and nobody waits for the pool. What comes into a directory after that is for who begins anew: rewinddir(3). */
+static int readdir_end(struct x9_call *call, uint32_t num, uint64_t offset)
+{
+    struct x9_fid *fid;
+    int err = open_fid(call, num, S_IFDIR, &fid);
+
+    if (err)
+        return err;
+    bool end = offset && offset == __atomic_load_n(&fid->dir_end, __ATOMIC_RELAXED);
+    if (end)
+        lease_file(call, fid);
+    fid_put(fid);
+    if (!end)
+        return X9_LATER;
+    put32(reply(call, 4), 0);
+    return 0;
+}
+
 static int h_readdir(struct x9_call *call)
 {
     struct cursor c = body(call);
@@ -809,7 +826,7 @@ static int h_readdir(struct x9_call *call)
     if (count > call->dev->msize - X9_READ_HEADER)
         count = call->dev->msize - X9_READ_HEADER;
     if (!call->may_block)
-        return X9_LATER;
+        return readdir_end(call, num, offset);
     uint8_t *buf = big(call), *out = buf + X9_READ_HEADER;
     if (!buf)
         return ENOMEM;
@@ -824,11 +841,14 @@ static int h_readdir(struct x9_call *call)
     } else {
         top = st.st_dev == call->dev->root_dev && st.st_ino == call->dev->root_ino;
         fid->dir_pos = offset;
+        __atomic_store_n(&fid->dir_end, X9_NOWHERE, __ATOMIC_RELAXED);
     }
     while (!err && !full) {
         ssize_t n = getdents64(fid->io_fd, entries, sizeof entries);
         if (n <= 0) {
             err = n < 0 ? errno : 0;
+            if (!err)
+                __atomic_store_n(&fid->dir_end, fid->dir_pos, __ATOMIC_RELAXED);
             break;
         }
         for (ssize_t at = 0; at < n;) {
@@ -987,7 +1007,7 @@ static const struct {
     [P9_TLOPEN] = {h_lopen, HOT},
     [P9_TLCREATE] = {h_lcreate, HOT | MUTATES | POOL},
     [P9_TREAD] = {h_read, HOT},
-    [P9_TREADDIR] = {h_readdir, HOT | POOL},
+    [P9_TREADDIR] = {h_readdir, HOT},
     [P9_TWRITE] = {h_write, HOT | MUTATES},
     [P9_TCLUNK] = {h_clunk, HOT},
     [P9_TFSYNC] = {h_fsync, HOT | POOL},

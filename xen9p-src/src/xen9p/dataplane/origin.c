@@ -35,8 +35,7 @@ static bool generation_of(int fd, long *generation)
     return !ioctl(fd, FS_IOC_GETVERSION, generation);
 }
 
-/* The origin's file, open for reading, of what a path beneath the export leads to; fd is that, and may be an O_PATH
- * one. Fills in *origin, if there is one. Returns a descriptor or -errno: ENOENT, there is none that is the same; EAGAIN,
+/* The origin's file, open for reading, of the file that a path beneath the export leads to; fd is that, open. Fills in *origin, if there is one. Returns a descriptor or -errno: ENOENT, there is none that is the same; EAGAIN,
  * with RESOLVE_CACHED, nobody knows without the disk. */
 int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *origin, uint64_t resolve)
 {
@@ -48,13 +47,12 @@ int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *
     int found = open_beneath(dev->config.origin_fd, path, O_PATH, 0, resolve);
     if (found < 0)
         return found;
-    int io = -ENOENT, own = -1;
+    int io = -ENOENT;
     if (!fstatat(fd, "", &mine, AT_EMPTY_PATH) && !fstatat(found, "", &there, AT_EMPTY_PATH) && S_ISREG(there.st_mode) &&
         S_ISREG(mine.st_mode) && mine.st_ino == there.st_ino && mine.st_size == there.st_size &&
-        mine.st_dev != there.st_dev && same_time(&mine.st_ctim, &there.st_ctim) &&
-        (own = fs_reopen(fd, O_RDONLY | O_NONBLOCK | O_NOATIME)) >= 0)
+        mine.st_dev != there.st_dev && same_time(&mine.st_ctim, &there.st_ctim))
         io = fs_reopen(found, O_RDONLY | O_NONBLOCK | O_NOATIME);
-    if (io >= 0 && (!generation_of(own, &generation) || !generation_of(io, &other) || generation != other)) {
+    if (io >= 0 && (!generation_of(fd, &generation) || !generation_of(io, &other) || generation != other)) {
         close(io);
         io = -ENOENT;
     }
@@ -62,16 +60,15 @@ int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *
         origin->fd = io, origin->ctime = mine.st_ctim, origin->size = mine.st_size, origin->ino = mine.st_ino;
         origin->dev = mine.st_dev, origin->origin_dev = there.st_dev;
     }
-    if (own >= 0)
-        close(own);
     close(found);
     return io;
 }
 
 /* Looks for it before the first read of a file that was opened for reading alone: most that are opened are in the guest's
- * own page cache and never read. That there is none is no error. Returns false if that needs the disk and this thread may
- * not wait for it. */
-bool origin_seek(struct x9_dev *dev, struct x9_fid *fid, bool may_block)
+ * own page cache and never read. That there is none is no error. Sets *fd to what this read is to be from; two looks at the
+ * file are saved by whoever has just compared all there is. Returns false if that needs the disk and this thread may not
+ * wait for it. */
+bool origin_seek(struct x9_dev *dev, struct x9_fid *fid, bool may_block, int *fd)
 {
     char path[PATH_MAX];
     struct x9_origin *origin;
@@ -80,20 +77,23 @@ bool origin_seek(struct x9_dev *dev, struct x9_fid *fid, bool may_block)
     /* Whoever of several readers comes first looks; meanwhile the others read the file itself, which is as good. */
     if (__atomic_load_n(&fid->origin_state, __ATOMIC_RELAXED) != wanted ||
         !__atomic_compare_exchange_n(&fid->origin_state, &wanted, X9_ORIGIN_SOUGHT, false, __ATOMIC_ACQUIRE,
-                                     __ATOMIC_RELAXED))
+                                     __ATOMIC_RELAXED)) {
+        *fd = origin_fd(dev, fid);
         return true;
+    }
     act_as_server(); /* who may read the one has the right to read the other: they are the same */
     uint32_t len = obs_path(dev, fid, path);
-    int fd = -ENOENT;
+    int found = -ENOENT;
     if (len >= 2 && len < PATH_MAX && (origin = calloc(1, sizeof *origin))) {
         path[len] = 0;
-        fd = origin_open(dev, fid->path_fd, path + 1, origin, may_block ? 0 : RESOLVE_CACHED);
-        if (fd < 0)
+        found = origin_open(dev, fid->io_fd, path + 1, origin, may_block ? 0 : RESOLVE_CACHED);
+        if (found < 0)
             free(origin);
         else
             __atomic_store_n(&fid->origin, origin, __ATOMIC_RELEASE);
     }
-    bool later = fd == -EAGAIN && !may_block;
+    bool later = found == -EAGAIN && !may_block;
+    *fd = found < 0 ? fid->io_fd : found;
     __atomic_store_n(&fid->origin_state, later ? X9_ORIGIN_WANTED : X9_ORIGIN_KNOWN, __ATOMIC_RELEASE);
     return !later;
 }

@@ -43,7 +43,7 @@ int x9_ahead_open(x9_dev *dev, const char *path)
              : S_ISREG(st.st_mode)               ? fs_reopen(fd, O_RDONLY | O_NONBLOCK | O_NOATIME)
                                                  : -EPERM;
     if (io >= 0 && S_ISREG(st.st_mode)) {
-        int there = origin_open(dev, fd, path, NULL, 0);
+        int there = origin_open(dev, io, path, NULL, 0);
         if (there >= 0) {
             close(io);
             io = there;

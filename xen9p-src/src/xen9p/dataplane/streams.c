@@ -181,9 +181,9 @@ void streams_step(struct x9_stream *stream)
     uint64_t at = __atomic_load_n(&flow->end, __ATOMIC_RELAXED);
     struct stat st;
 
-    origin_seek(stream->dev, fid, true);
+    int fd;
+    origin_seek(stream->dev, fid, true, &fd);
     bool known = __atomic_load_n(&fid->origin_state, __ATOMIC_ACQUIRE) == X9_ORIGIN_KNOWN;
-    int fd = origin_fd(stream->dev, fid);
     act_as_server(); /* to see what is there; the file is open */
     if (__atomic_load_n(&flow->left, __ATOMIC_RELAXED)) {
         end(flow, fd);

@@ -159,6 +159,7 @@ struct x9_fid {
     uint32_t refs;
     bool plain_read, plain_write; /* RWF_NOWAIT leads nowhere here: leave it to the pool at once */
     uint64_t dir_pos;
+    uint64_t dir_end; /* atomic; of a directory stream: where there was nothing more; X9_NOWHERE: nobody knows */
     uint64_t stream_end, stream_sent; /* a sequential writer: where it is, and up to where writeback has been started */
     uint64_t stream_own;     /* from where on it writes pages that nobody had before; X9_NOWHERE: nobody knows */
     uint64_t stream_dropped; /* up to where these are out of the page cache again */
@@ -574,7 +575,7 @@ int pages_resident(int fd, uint64_t offset, uint32_t pages, uint8_t resident[X9_
 int open_beneath(int dir, const char *name, uint64_t flags, uint64_t mode, uint64_t resolve);
 
 /* origin.c: reading unchanged files of a clone through the tree that it was made of */
-bool origin_seek(struct x9_dev *dev, struct x9_fid *fid, bool may_block);
+bool origin_seek(struct x9_dev *dev, struct x9_fid *fid, bool may_block, int *fd);
 int origin_open(struct x9_dev *dev, int fd, const char *path, struct x9_origin *origin, uint64_t resolve);
 int origin_fd(struct x9_dev *dev, struct x9_fid *fid);
 void origin_free(struct x9_origin *origin);

@@ -65,7 +65,7 @@ def test_every_request_is_counted_once_in_its_group(session: Session) -> None:
 
 
 def test_the_end_of_a_listing_is_not_looked_for_again(session: Session) -> None:
-    """A client asks until nothing more comes; only the first answer is the pool's. Who begins anew sees what has come since."""
+    """A client asks until nothing more comes; only the first answer is the pool's. Beginning anew shows what is new."""
     client, device = session.client, session.served.device
     (session.served.path / "one").touch()
     listing = client.walk(session.root)

@@ -222,7 +222,8 @@ def test_a_request_that_does_not_end_is_told(tmp_path: Path) -> None:
     with gated_mkdir() as gates, host(tmp_path, "g1:home") as lab:
         session = lab.devices[0].session
         send(session.client, codec.Tmkdir(session.root, b"d", 0o755, 0), 7)
-        until(lambda: session.served.device.stats()["in_flight"] == 1)
+        stats = session.served.device.stats
+        until(lambda: stats()["in_flight"] == 1 and stats()["queued"] == 0)  # else it waits for the pause's end
         order = Order(socket_path(tmp_path, 3, 0))
         began = time.monotonic()
         assert order("pause") == {"event": "paused", "id": 0, "left": 1}

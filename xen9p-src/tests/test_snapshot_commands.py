@@ -210,7 +210,8 @@ def test_a_request_that_does_not_end(home: Path, run: Command, tmp_path: Path) -
     with gated_mkdir() as gates, lab(tmp_path, home) as made:
         session = made.exports["home"][1]
         send(session.client, codec.Tmkdir(session.root, b"d", 0o755, 0), 7)
-        until(lambda: session.served.device.stats()["in_flight"] == 1)
+        stats = session.served.device.stats
+        until(lambda: stats()["in_flight"] == 1 and stats()["queued"] == 0)  # else it waits for the pause's end
         began = time.monotonic()
         assert "requests of g1 home do not end" in run("create", "home", "a")["error"]
         assert time.monotonic() - began < 3

@@ -27,12 +27,9 @@ COURSE = course.from_document(
     }
 )
 STUDENT = COURSE.student(None)
+WHOLE = "from 0 to 100"
 # One lab after the other: they share guests, which have little memory for devices.
-CASES = [
-    (name, case)
-    for name in LABS
-    for case in ("from 0 to 100", "guide", *(wrong.name for wrong in spec.load(name).wrong))
-]
+CASES = [(name, case) for name in LABS for case in (WHOLE, "guide", *(wrong.name for wrong in spec.load(name).wrong))]
 
 
 class Tried:
@@ -89,9 +86,13 @@ def tried(request: pytest.FixtureRequest, begun: dict[str, Tried]) -> Tried:
     return one
 
 
-@pytest.mark.parametrize(("tried", "case"), CASES, indirect=["tried"], ids=[f"{n}-{case}" for n, case in CASES])
+@pytest.mark.parametrize(
+    ("tried", "case"),
+    [pytest.param(n, case, marks=[pytest.mark.whole_lab] * (case == WHOLE), id=f"{n}-{case}") for n, case in CASES],
+    indirect=["tried"],
+)
 def test_a_lab(tried: Tried, case: str) -> None:
-    if case == "from 0 to 100":
+    if case == WHOLE:
         _solve(tried)
     elif case == "guide":
         tried.follow("guide.md")

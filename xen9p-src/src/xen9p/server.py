@@ -24,8 +24,6 @@ LOG = logging.getLogger(__name__)
 _COMPLAINED: set[int] = set()
 NAME_MAX = 255
 SYMLINK_MAX = 4095
-AT_REMOVEDIR = 0x200
-"""unlinkat(2)'s flag, which Tunlinkat carries."""
 
 
 def serve(device: DataPlane, request: Request) -> None:
@@ -194,15 +192,6 @@ def _unlink(directory: int, name: bytes, is_directory: bool) -> None:
         os.unlink(name, dir_fd=directory)
 
 
-def _unlinkat(device: DataPlane, msg: codec.Tunlinkat) -> Message:
-    if msg.flags & ~AT_REMOVEDIR:
-        raise _fail(errno.EINVAL)
-    name = check_name(msg.name)
-    with device.fid(msg.dirfid) as parent, device.acting(parent.uid):
-        _unlink(_directory(parent), name, bool(msg.flags & AT_REMOVEDIR))
-    return codec.Runlinkat()
-
-
 def _remove(device: DataPlane, msg: codec.Tremove) -> Message:
     try:
         with device.fid(msg.fid) as target:
@@ -223,6 +212,5 @@ _HANDLERS: dict[type[Message], Callable[[DataPlane, Any], Message]] = {
     codec.Tlink: _link,
     codec.Trename: _rename,
     codec.Trenameat: _renameat,
-    codec.Tunlinkat: _unlinkat,
     codec.Tremove: _remove,
 }

@@ -500,14 +500,18 @@ def serve_socket(
     service = Service(export, readonly, known, trace, lease_table.new_table() if term else None, term)
     prepare_process()
     told, tell = socket.socketpair()
-    # A handler that only leaves word: an exception out of nowhere could get lost in a finalizer.
+    tell.setblocking(False)
+    # Word is left at once, and not when this thread comes to run a handler: it may be about to wait for clients. And no
+    # exception out of nowhere, which could get lost in a finalizer.
+    before = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: tell.send(b"!"))
+        signal.signal(number, lambda *_: None)
     with told, tell, _listen_at(address) as listener:
         print(f"serving {path} on {listener.getsockname()}", file=sys.stderr, flush=True)
         for missing in sandbox.confine_server(export, readonly, address):
             print(f"xen9p: {missing}", file=sys.stderr, flush=True)
         _accept_until_told(listener, told, service)
+        signal.set_wakeup_fd(before)
     os.close(export)
     if isinstance(address, str):
         Path(address).unlink(missing_ok=True)

@@ -549,10 +549,36 @@ static int h_lcreate(struct x9_call *call)
     } else {
         struct x9_fid *fid = fid_new(num, io, S_IFREG, dir->uid);
         if (fid)
-            fid->io_fd = io;
+            fid->io_fd = io, fid->plain_write = true; /* it has no blocks that could be written without waiting */
         err = fid ? fids_swap(&call->dev->fids, dir, fid) : ENOMEM;
     }
     fid_put(dir);
+    return err;
+}
+
+static int h_unlinkat(struct x9_call *call)
+{
+    struct cursor c = body(call);
+    char name[X9_NAME_MAX + 1];
+    uint32_t num = take32(&c);
+    int bad = take_name(&c, name);
+    uint32_t flags = take32(&c);
+
+    if (!complete(&c))
+        return X9_MALFORMED;
+    if (flags & ~(uint32_t)AT_REMOVEDIR)
+        return EINVAL;
+    if (bad || is_dots(name))
+        return bad ? bad : EEXIST;
+    struct x9_fid *dir = fids_get(&call->dev->fids, num);
+    if (!dir)
+        return EBADF;
+    int err = dir->format != S_IFDIR ? ENOTDIR : act_as(call->dev, dir->uid);
+    if (!err && unlinkat(dir->path_fd, name, (int)flags))
+        err = errno;
+    fid_put(dir);
+    if (!err)
+        reply(call, 0);
     return err;
 }
 
@@ -726,16 +752,9 @@ void fs_write_back(struct x9_stream *stream)
 }
 
 #define SLOW_WRITE_US 10000u
-#define SLOW_PAUSE 4u /* times as long as a slow write took */
 
-/* Where there are no writes without waiting (btrfs), a write on the reader is a chance: mostly it is a copy into the page
- * cache, quicker than handing it to the pool. Take it while nothing else is under way, and not soon after a slow one: so
- * slow writes keep the reader for a fifth of its time at the most, whatever the disk does. */
-static bool take_chance(const struct x9_call *call)
-{
-    return now_us() >= call->dev->slow_until && dev_idle(call->dev);
-}
-
+/* Where there are no writes without waiting (btrfs), a write on the reader is a chance, too: mostly it is a copy into the
+ * page cache. */
 static int h_write(struct x9_call *call)
 {
     struct iovec iov[2];
@@ -753,7 +772,7 @@ static int h_write(struct x9_call *call)
         return err == EBADF ? xattr_write(call, num, offset, count) : err;
     if (offset > (uint64_t)INT64_MAX - count)
         err = EFBIG;
-    bool chance = !call->may_block && fid->plain_write && take_chance(call);
+    bool chance = !call->may_block && fid->plain_write && chance_begins(call->dev);
     uint64_t began = chance ? now_us() : 0;
     if (!err && !call->may_block && fid->plain_write && !chance)
         err = X9_LATER;
@@ -772,11 +791,8 @@ static int h_write(struct x9_call *call)
     }
     put = pwritev2(fid->io_fd, iov, n, (off_t)offset, call->may_block || chance ? 0 : RWF_NOWAIT);
     err = put < 0 ? errno : 0;
-    if (chance) {
-        uint64_t now = now_us();
-        if (now - began > SLOW_WRITE_US)
-            call->dev->slow_until = now + SLOW_PAUSE * (now - began);
-    }
+    if (chance)
+        chance_ends(call->dev, began, SLOW_WRITE_US);
     if (!call->may_block && !chance && (err == EAGAIN || err == EOPNOTSUPP)) {
         fid->plain_write = true; /* btrfs refuses whatever has to be copied on write: always */
         err = X9_LATER;
@@ -1026,7 +1042,7 @@ static const struct {
     [P9_TLINK] = {NULL, COLD | MUTATES},
     [P9_TMKDIR] = {NULL, COLD | MUTATES},
     [P9_TRENAMEAT] = {NULL, COLD | MUTATES},
-    [P9_TUNLINKAT] = {NULL, COLD | MUTATES},
+    [P9_TUNLINKAT] = {h_unlinkat, HOT | MUTATES | POOL},
     [P9_TLEASE] = {h_lease, HOT},
     [P9_TREVOKE] = {h_revoke, HOT},
     [P9_TREMOVE] = {NULL, COLD}, /* it clunks its fid even where nothing may change */
@@ -1035,5 +1051,20 @@ static const struct {
 bool fs_is_known(uint8_t type) { return type < 128 && table[type].how; }
 bool fs_is_cold(uint8_t type) { return table[type].how & COLD; }
 bool fs_mutates(uint8_t type) { return table[type].how & MUTATES; }
+/* Whether a message that may have to wait mostly does not: it finds in memory what it looks for, or changes that. */
+bool fs_is_quick(const struct x9_call *call)
+{
+    switch (call->type) {
+    case P9_TWALK:
+    case P9_TLCREATE:
+    case P9_TUNLINKAT:
+        return true;
+    case P9_TSETATTR: /* fid[4] valid[4]; cutting a file takes as long as it is large */
+        return call->size >= X9_HEADER + 8 && !(get32(call->msg + X9_HEADER + 4) & SET_SIZE);
+    default:
+        return false;
+    }
+}
+
 bool fs_wants_pool(uint8_t type) { return table[type].how & POOL; }
 int fs_handle(struct x9_call *call) { return table[call->type].handle(call); }

@@ -380,7 +380,7 @@ struct x9_dev {
     struct x9_bucket ops, bytes;
     uint32_t max_write; /* atomic; as in x9_limits */
     int64_t held_until; /* the reader's: ns when a message may be taken that may not yet; 0: there is none */
-    uint64_t slow_until; /* the reader's: us until which it leaves all writes to the pool */
+    uint64_t slow_until; /* the reader's: us until which it takes no chances */
     struct x9_late *late; /* the reader's */
     uint32_t nlate;
     uint8_t *buf; /* the reader's: msize bytes */
@@ -414,7 +414,7 @@ struct x9_call {
     uint32_t size;
     uint16_t tag;
     uint8_t type;
-    bool may_block;     /* on a pool thread */
+    bool may_block;     /* on a pool thread, or on the reader by chance */
     bool data_in_ring;  /* Twrite: the data is still in the ring, at data_pos */
     uint32_t data_pos;
     struct x9_held *held; /* set by who leaves it there for the pool */
@@ -452,6 +452,9 @@ bool fs_mutates(uint8_t type);
 bool fs_is_cold(uint8_t type);
 bool fs_is_known(uint8_t type);
 bool fs_wants_pool(uint8_t type);
+bool fs_is_quick(const struct x9_call *call);
+bool chance_begins(struct x9_dev *dev);
+void chance_ends(struct x9_dev *dev, uint64_t began, uint32_t slow_us);
 int fs_qid(struct x9_dev *dev, int fd, uint8_t *qid, uint32_t *format);
 int fs_reopen(int fd, int flags);
 int open_fid(struct x9_call *call, uint32_t num, uint32_t format, struct x9_fid **out);

@@ -207,10 +207,14 @@ NOTES = {
     "h_clunk": "of an attribute that is set, in the pool: its reply says how that went",
     "h_read": "page cache to ring, without a copy between; what is not cached goes to the pool",
     "h_write": "ring to page cache, without a copy between; what would wait goes to the pool",
-    "h_walk": "dentry cache only; what is not cached goes to the pool",
+    "h_walk": "what is not in the dentry cache goes to the pool, or is looked up by chance",
     "h_lease": "ours: a [lease session](../decisions/0025-leases.md) is opened, renewed or ended",
     "h_revoke": "ours: waits until the client has to give something up; the next one says that it has",
     "h_lopen": "with `O_TRUNC` in the pool",
+    "h_lcreate": "or on the reader, by chance",
+    "h_unlinkat": "or on the reader, by chance",
+    "h_setattr": "without a new size also on the reader, by chance",
+    "h_readdir": "in the pool; where the answer before had the end of the directory, the reader says so again",
 }
 
 
@@ -225,6 +229,8 @@ def messages(root: Path) -> str:
         f"- **reader**: the C thread that takes messages off the rings answers at once ({count['reader']} messages).",
         f"- **pool**: a C thread that may sleep answers ({count['pool']} messages).",
         f"- **Python**: a Python thread answers ({count['Python']} messages).\n",
+        "*By chance*: the reader does it, while nothing else is under way and nothing has been slow just before "
+        "([inside a worker](../architecture.md#inside-a-worker)).\n",
         "A message marked ✎ changes something: on a read-only device it gets `EROFS`.\n",
         "| message | where | how |",
         "| --- | --- | --- |",

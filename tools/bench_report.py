@@ -106,9 +106,17 @@ def full_page(run: Mapping[str, Any], name: str) -> str:
     head = [
         f"Measured {run['date']} on {_where(run)}. All figures are from this one run. Under emulation times say",
         "little: compare the sides.",
+        *_interruptions(run["full"].get("parts", [])),
         "",
     ]
     return _run_page(run, "Full benchmark", "make bench", head + bench_full.page_parts(run, name))
+
+
+def _interruptions(parts: Sequence[str]) -> list[str]:
+    """Say when a run that was cut off went on; *parts* are the times at which its parts began."""
+    if len(parts) < 2:
+        return []
+    return [f"It was cut off between rounds, and went on: begun {', '.join(parts)}. Each round is whole."]
 
 
 def translations_page(run: Mapping[str, Any], name: str) -> str:

@@ -344,6 +344,15 @@ def test_page_has_rates_ratios_costs_and_memory(run: dict[str, Any]) -> None:
         "| kernel of the guest | 6.1.0 |",
     ):
         assert expected in text
+    assert "cut off" not in text
+
+
+def test_the_page_says_when_a_run_went_on(run: dict[str, Any]) -> None:
+    run["full"]["parts"] = ["2026-01-02 03:04 UTC"]
+    assert "cut off" not in bench_report.full_page(run, "full")
+    run["full"]["parts"].append("2026-01-03 03:04 UTC")
+    text = bench_report.full_page(run, "full")
+    assert "begun 2026-01-02 03:04 UTC, 2026-01-03 03:04 UTC. Each round is whole." in text
 
 
 def test_charts_have_a_bar_a_side_within_their_room(run: dict[str, Any]) -> None:

@@ -107,6 +107,8 @@ def test_a_known_workload_is_counted(lab: Host) -> None:
         assert buckets[-1] == found[f"{name}_count", *labels]
         assert buckets[-1] == pytest.approx(10, abs=1), "the last may not be counted yet"
         assert (0 if stage == "ring" else 1e-6) <= found[f"{name}_sum", *labels] < 10
+    waited = found.get((f"{name}_count", *G1, 'group="change"', 'stage="queue"'), 0)
+    assert waited <= 10, "most are the reader's own"
 
 
 def test_labels_are_escaped_and_stand_once(lab: Host) -> None:

@@ -59,7 +59,7 @@ def test_every_request_is_counted_once_in_its_group(session: Session) -> None:
     assert counted(device, "read", "total") == by_type["Tread"]
     assert counted(device, "session", "total") == by_type["Tversion"] + by_type["Tattach"]
     assert counted(device, "change", "total") == by_type["Tlcreate"] + by_type["Tmkdir"]
-    assert counted(device, "change", "queue") >= 1, "Tmkdir waits for a thread of Python's"
+    assert counted(device, "change", "queue") in (1, 2), "Tmkdir waits for a thread of Python's, Tlcreate may have to"
     assert device.errnos() == {errno.ENOENT: 2}, "the file was looked for before it was made"
     assert device.stats()["errors"] == 2
 

@@ -19,6 +19,7 @@ import workloads
 
 TOOLS = Path(os.environ.get("BENCH_TOOLS", "/mnt/tools"))
 DROP = Path("/proc/sys/vm/drop_caches")
+COMPACT = Path("/proc/sys/vm/compact_memory")
 
 
 class WorkError(Exception):
@@ -125,6 +126,9 @@ def perform(request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "drop":
         os.sync()
         DROP.write_text("3\n")
+        return {}
+    if request["do"] == "compact":
+        COMPACT.write_text("1\n")
         return {}
     if request["do"] == "fio":
         return fio(place, request)

@@ -187,7 +187,10 @@ def test_the_agent_works_with_small_files(tmp_path: Path, place: Path) -> None:
         for group in plan.groups(given()):
             if group.request["do"] == "fio":
                 continue
-            answer = ask(group.request | {"name": group.name, "cold": False, "round": 3, "place": str(place)})
+            asked = group.request | {"name": group.name, "round": 3, "place": str(place)}
+            if group.warm:
+                assert ask({"do": "warm", "work": asked}) == {}
+            answer = ask(asked)
             assert answer["sections"][group.name]["operations"] > 0, answer
             assert answer["sections"][group.name]["seconds"] > 0
             if group.name == "create":
@@ -201,7 +204,7 @@ def test_the_agent_works_with_small_files(tmp_path: Path, place: Path) -> None:
 
 def test_the_agent_says_what_it_cannot_do_and_goes_on(tmp_path: Path, place: Path) -> None:
     with agent(tmp_path) as ask:
-        asked = {"do": "unlink", "name": "unlink", "cold": False, "count": 1, "place": str(place)}
+        asked = {"do": "unlink", "name": "unlink", "count": 1, "place": str(place)}
         assert "No such file" in ask(asked)["error"]
         assert "error" in ask({"do": "nothing"})
         assert ask({**asked, "do": "stat", "name": "stat"})["sections"]["stat"]["operations"] == 1
@@ -227,6 +230,9 @@ def test_fio_is_asked_and_read(
     group = next(group for group in plan.groups(given()) if group.name == "read-4k-warm")
     request = group.request | {"sections": group.request["sections"][:1], "place": str(tmp_path)}
     with agent(tmp_path) as ask:
+        assert "read-0" in ask({"do": "warm", "work": request})["error"], "what is not there cannot be read before"
+        (tmp_path / "read-0").write_bytes(bytes(3 << 20))
+        assert ask({"do": "warm", "work": request}) == {}
         answer = ask(request)
     if said:
         assert said in answer["error"]

@@ -172,8 +172,10 @@ def measure(given: Settings, number: int) -> dict[str, Any]:
                 # v9fs has an msize of contiguous memory for each request and reply: what has been in use for a while
                 # may have none left, and then a read gets ENOMEM, through any backend.
                 agent.ask({"do": "compact"})
+                asked = group.request | {"name": group.name, "round": number, "place": side.place}
+                if group.warms(side):
+                    agent.ask({"do": "warm", "work": asked, "place": side.place})
                 before, began = cost.read(serving), time.monotonic()
-                asked = group.request | {"name": group.name, "cold": group.cold, "round": number, "place": side.place}
                 answer = agent.ask(asked)
                 wall = time.monotonic() - began
                 spent = cost.between(before, cost.read(serving), side.name, FULL)

@@ -32,6 +32,7 @@ class Group:
     name: str
     request: dict[str, Any] = field(default_factory=dict)
     cold: bool = False
+    warm: bool = False
     floor: bool = False  # whether the floor can do it
 
     def fits(self, side: Side) -> bool:
@@ -40,6 +41,11 @@ class Group:
             return self.floor
         # 10,000 entries through a FUSE server in Python would take very long, and say no more than 1,000 do.
         return not (side.how == FUSE and self.name == "list-10000-cold")
+
+    def warms(self, side: Side) -> bool:
+        """Whether what is to be read through a side is read once before."""
+        # So 1,000 entries take minutes there, and the second time as long as the first.
+        return self.warm and not (side.how == FUSE and self.name == "list-1000")
 
 
 def sections(given: Settings, access: str, size: str, suffix: str) -> list[dict[str, Any]]:
@@ -68,7 +74,9 @@ def groups(given: Settings) -> list[Group]:
     for size in SIZES:
         found.append(Group(f"read-{size}-cold", _fio(given, sections(given, "read", size, "-cold")), cold=True))
     for size in SIZES:
-        found.append(Group(f"read-{size}-warm", _fio(given, sections(given, "read", size, "-warm")), floor=True))
+        found.append(
+            Group(f"read-{size}-warm", _fio(given, sections(given, "read", size, "-warm")), warm=True, floor=True)
+        )
     for size in SIZES:
         found.append(Group(f"write-{size}", _fio(given, sections(given, "write", size, ""))))
     mixed = {
@@ -83,11 +91,11 @@ def groups(given: Settings) -> list[Group]:
     found.append(Group("mixed", _fio(given, [mixed])))
     found += [
         Group("create", {"do": "create", "count": given.small_files}),
-        Group("stat", {"do": "stat", "count": given.small_files}),
+        Group("stat", {"do": "stat", "count": given.small_files}, warm=True),
         Group("unlink", {"do": "unlink", "count": given.small_files}),
         Group("find-cold", {"do": "find"}, cold=True),
         Group("untar", {"do": "untar", "entries": TREE[0] * (1 + TREE[1])}),
-        Group("list-1000", {"do": "list", "folder": "few", "entries": FEW}),
+        Group("list-1000", {"do": "list", "folder": "few", "entries": FEW}, warm=True),
         Group("list-10000-cold", {"do": "list", "folder": "many", "entries": MANY}, cold=True),
     ]
     known = [group.name for group in found]

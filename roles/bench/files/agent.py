@@ -117,7 +117,17 @@ def listing(place: str, request: dict[str, Any]) -> int:
 
 
 WORK = {"create": create, "stat": stat, "unlink": unlink, "find": find, "untar": untar, "list": listing}
-WARM_FIRST = ("stat", "list")
+
+
+def warm(request: dict[str, Any]) -> None:
+    """Read once what a piece of work is going to read."""
+    if request["do"] == "fio":
+        for section in request["sections"]:
+            with Path(request["place"], section["file"]).open("rb", buffering=0) as file:
+                while file.read(1 << 20):
+                    pass
+    else:
+        WORK[request["do"]](request["place"], request)
 
 
 def perform(request: dict[str, Any]) -> dict[str, Any]:
@@ -130,11 +140,12 @@ def perform(request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "compact":
         COMPACT.write_text("1\n")
         return {}
+    if request["do"] == "warm":
+        warm(request["work"])
+        return {}
     if request["do"] == "fio":
         return fio(place, request)
     work = WORK[request["do"]]
-    if request["do"] in WARM_FIRST and not request["cold"]:
-        work(place, request)
     began = time.monotonic()
     operations = work(place, request)
     spent = time.monotonic() - began

@@ -64,15 +64,15 @@ class Host:
         self._loop.add(self._told, self._loop.stop)
         self._thread = threading.Thread(target=self._loop.run)
         self._thread.start()
-        self._listeners = [self._worker(device) for device in devices]
+        self._workers = [self._worker(device) for device in devices]
 
-    def _worker(self, device: Device) -> socket.socket:
+    def _worker(self, device: Device) -> Worker:
         path = self.runtime / f"worker-{device.domid}-{device.devid}.sock"
         request = {"domid": device.domid, "devid": device.devid, "guest": device.guest, "uuid": "u", "tag": device.tag}
         worker = Worker({**request, "export": "e", "readonly": False, "socket": str(path)}, jsonlines.listen(path))
         worker.device = worker._made = device.session.served.device
         threading.Thread(target=worker._listen, daemon=True).start()
-        return worker.listener
+        return worker
 
     def _handle(self, request: Request, answer: Answer) -> None:
         whole = isinstance(request, Metrics)
@@ -86,9 +86,10 @@ class Host:
         self._tell.send(b"!")
         self._thread.join(5)
         self._server.close()
-        for listener in self._listeners:
-            listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        for worker in self._workers:
+            worker.listener.shutdown(socket.SHUT_RDWR)
+            worker.listener.close()
+            worker._withdraw()  # a trace may still be going on, and the sessions end next
         self._told.close()
         self._tell.close()
 

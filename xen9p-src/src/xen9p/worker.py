@@ -156,14 +156,18 @@ class Worker:
         verdict = device.run(server.serve)
         self._end_caching()
         reason = device.reason
-        with self._lock:  # nobody asks for statistics meanwhile
-            self.device = self._made = None
-        for thread in list(self._tracers):  # each looks once more and leaves
-            thread.join()
+        self._withdraw()
         device.close()
         event = {Verdict.STOPPED: "stopped", Verdict.HANGUP: "hangup"}.get(verdict, "ended")
         self._finish({"event": event, "reason": reason} if event == "ended" else {"event": event})
         return 0 if event != "ended" else 3 if verdict == Verdict.PROTOCOL else 1
+
+    def _withdraw(self) -> None:
+        """Nobody looks at the device from here on: it may be closed."""
+        with self._lock:  # nobody asks for statistics meanwhile
+            self.device = self._made = None
+        for thread in list(self._tracers):  # each looks once more and leaves
+            thread.join()
 
     def _open(self) -> DataPlane:
         """The device, and the process shut in with it: no byte of the guest's has been seen yet."""

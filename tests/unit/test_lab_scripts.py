@@ -8,7 +8,8 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ import pytest
 from labkit import course, guide, look, setup, spec, transport
 from labkit.errors import CouldNotLookError
 from labkit.look import Look
+from xen9p import control
+from xen9p.errors import ControlError
+from xen9p.loop import Loop
 
 NAME = socket.gethostname()
 STUDENT = course.from_document(
@@ -182,3 +186,101 @@ def _nowhere() -> transport.System:
             }
         ).student("ada")
     )
+
+
+class Xen9pd:
+    """Devices of guests, at a control socket that is the supervisor's own; what was asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.asked: list[control.Request] = []
+        self.reloading = 1
+        """How often a device is refused, as while a new policy is on its way."""
+        self.devices = [
+            {"guest": guest, "tag": tag, "path": path, "export": "e", "access": "rw", "state": "connected"}
+            for guest, tag, path in (
+                ("g1", "own", "/store/labs/ada/tour/own"),
+                ("g1", "all", "/store/labs/ada/tour"),
+                ("g1", "home", "/store/labs/ada/tour-two"),
+                ("g2", "own", "/store/labs/ada/tour/own"),
+                ("g3", "own", "/store/labs/ada/tour/own"),
+            )
+        ]
+        self.path = folder / "control.sock"
+        self._loop = Loop()
+        self._server = control.ControlServer(self._loop, self.path, self._handle)
+        self._told, self._tell = socket.socketpair()
+        self._loop.add(self._told, self._loop.stop)
+        self._thread = threading.Thread(target=self._loop.run)
+        self._thread.start()
+
+    def _handle(self, request: control.Request, answer: control.Answer) -> None:
+        self.asked.append(request)
+        match request:
+            case control.Detach("g2", _):
+                raise ControlError("it is mounted")
+            case control.Attach(guest="off"):
+                raise ControlError("no guest off is running")
+            case control.Attach(guest, _, tag) if any((d["guest"], d["tag"]) == (guest, tag) for d in self.devices):
+                raise ControlError(f"guest {guest} has tag {tag} already")
+            case control.Attach() if self.reloading:
+                self.reloading -= 1
+                raise ControlError("the policy gives guest g1 no export")
+            case control.Attach(guest, export, tag):
+                state = {"guest": guest, "tag": tag, "path": "/p", "export": export, "access": "rw", "state": "init"}
+                self.devices.append(state)
+            case control.Status():
+                answer({"ok": True, "devices": [dict(device) for device in self.devices]})
+                for device in self.devices:
+                    device["state"] = "connected"
+                return
+        answer({"ok": True})
+
+    def close(self) -> None:
+        self._tell.send(b"!")
+        self._thread.join(5)
+        self._server.close()
+        self._told.close()
+        self._tell.close()
+
+
+@pytest.fixture
+def xen9pd(tmp_path: Path) -> Iterator[Xen9pd]:
+    made = Xen9pd(tmp_path)
+    yield made
+    made.close()
+
+
+def devices(path: Path, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs devices.py as the scripts do."""
+    command = [sys.executable, "-I", "-S", "-c", (setup.SCRIPTS / "devices.py").read_text(), str(path), *words]
+    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_a_labs_devices_are_taken_away_and_no_others(xen9pd: Xen9pd) -> None:
+    done = devices(xen9pd.path, "detach", "/store/labs/ada/tour", "g1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert xen9pd.asked == [control.Status(), control.Detach("g1", "all"), control.Detach("g1", "own")]
+    done = devices(xen9pd.path, "detach", "/store/labs/ada/tour", "g1", "g2")
+    assert (done.returncode, done.stderr) == (
+        3,
+        "error: g2 does not let go of own: unmount it there, see xen9p status\n",
+    )
+
+
+def test_a_labs_devices_are_given_whatever_is_there_and_waited_for(xen9pd: Xen9pd) -> None:
+    done = devices(xen9pd.path, "attach", given="g1 e own kernel\ng1 e new kernel\ng1 e user user\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert xen9pd.reloading == 0, "what is refused at first is asked for again"
+    assert {(d["guest"], d["tag"]) for d in xen9pd.devices} >= {("g1", "own"), ("g1", "new"), ("g1", "user")}
+    looks = [request for request in xen9pd.asked if isinstance(request, control.Status)]
+    assert len(looks) == 2  # it was not connected at first
+    done = devices(xen9pd.path, "list", "g1")
+    assert done.stdout.splitlines()[0] == "device g1 all e rw /store/labs/ada/tour"
+    assert len(done.stdout.splitlines()) == 5
+
+
+def test_a_guest_that_is_off_and_a_service_that_is_not_there_are_one_line(xen9pd: Xen9pd, tmp_path: Path) -> None:
+    done = devices(xen9pd.path, "attach", given="off e own kernel\n")
+    assert (done.returncode, done.stderr) == (3, "error: off does not run: xl create /etc/xen/off.cfg\n")
+    done = devices(tmp_path / "nobody", "list", "g1")
+    assert (done.returncode, done.stderr) == (3, "error: xen9pd does not answer: systemctl status xen9pd\n")

@@ -29,6 +29,8 @@ from labkit.values import Values, fill, generate
 SCRIPTS: Final = Path(__file__).resolve().parent / "scripts"
 BIN: Final = "/usr/local/bin"
 POLICY: Final = "/etc/xen9p/policy.toml"
+CONTROL: Final = "/run/xen9p/control.sock"
+"""Where xen9pd is asked."""
 _REFUSED: Final = 3
 """Exit code of our scripts when they have something to say."""
 
@@ -274,6 +276,8 @@ class Setup:
             "state": f'"{state.folder(self.student)}"',
             "policy": f'"${{ROOT:-}}{POLICY}"',
             "bin": f'"${{ROOT:-}}{BIN}"',
+            "devices": _b64((SCRIPTS / "devices.py").read_text()),
+            "control": f'"${{ROOT:-}}{CONTROL}"',
         }
 
     def _prepare(self) -> None:

@@ -2,7 +2,7 @@
 # On the host: what a student has made of a lab goes away; the part of the store is the start's again. The lab's block of
 # the policy stays: prepare.sh writes it anew where it differs.
 set -uo pipefail
-: "${student:?}" "${lab:?}" "${part:?}" "${pristine:?}" "${work:?}" "${guests:=}" "${cleanup:=}" "${end:?}"
+: "${student:?}" "${lab:?}" "${part:?}" "${pristine:?}" "${work:?}" "${guests:=}" "${cleanup:=}" "${end:?}" "${devices:?}" "${control:?}"
 
 fail() {
   echo "error: $1" >&2
@@ -10,28 +10,14 @@ fail() {
 }
 
 [ -d "$pristine" ] || fail "$student has not started lab $lab here: lab start $lab"
-base64 -d <<<"$end" | python3 - "$work"
+base64 -d <<<"$end" | python3 -I -S - "$work"
 [ -z "$cleanup" ] || eval "$cleanup"
 rm -rf "$work"
 
 if command -v xen9p >/dev/null && [ -n "$guests" ]; then
-  # Every device that leads into the student's part, whoever made it. Side by side: each command takes a second under
-  # emulation.
-  found=$(xen9p status --json | PART=$part GUESTS=$guests python3 -c '
-import json, os, sys
-part, guests = os.environ["PART"], os.environ["GUESTS"].split()
-for d in json.load(sys.stdin)["devices"]:
-    if d["guest"] in guests and (d["path"] + "/").startswith(part + "/"):
-        print(d["guest"], d["tag"])') || fail "xen9pd does not answer: systemctl status xen9pd"
-  pids=()
-  while read -r guest tag; do
-    [ -n "$guest" ] || continue
-    xen9p detach "$guest" "$tag" </dev/null >/dev/null &
-    pids+=("$!")
-  done <<<"$found"
-  for pid in "${pids[@]}"; do
-    wait "$pid" || fail "a guest does not let go of a device: unmount it there, see xen9p status"
-  done
+  # Every device that leads into the student's part, whoever made it.
+  read -ra names <<<"$guests"
+  python3 -I -S -c "$(base64 -d <<<"$devices")" "$control" detach "$part" "${names[@]}" || exit 3
 fi
 # What an earlier reset that was cut off has left.
 for left in "$part.new" "$part.old"; do

@@ -2,7 +2,7 @@
 # In a guest: what a student has made of a lab goes away.
 set -uo pipefail
 : "${work:?}" "${mounts:=}" "${cleanup:=}" "${end:?}"
-base64 -d <<<"$end" | python3 - "$work"
+base64 -d <<<"$end" | python3 -I -S - "$work"
 [ -z "$cleanup" ] || eval "$cleanup"
 # The last mount first: it may lie in one before it.
 while read -r point; do

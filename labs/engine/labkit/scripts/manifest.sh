@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prints what there is of a lab, a line for each thing: what a reset has to bring back.
 set -uo pipefail
-: "${work:?}" "${part:=}" "${policy:=}" "${student:?}" "${lab:?}" "${guests:=}" "${mounts:=}" "${left:=}"
+: "${work:?}" "${part:=}" "${policy:=}" "${student:?}" "${lab:?}" "${guests:=}" "${mounts:=}" "${left:=}" "${devices:=}" "${control:=}"
 
 list() {
   # Modes, owners, sizes and targets of everything, times of what is no directory, and what is in every file.
@@ -12,7 +12,7 @@ list() {
 if [ -n "$part" ]; then
   list "$part" store
   # By Python: a host has it, and not always getfattr.
-  find "$part" -print0 | sort -z | python3 -c '
+  find "$part" -print0 | sort -z | python3 -I -S -c '
 import os, sys
 for path in sys.stdin.buffer.read().split(b"\0")[:-1]:
     for name in sorted(os.listxattr(path, follow_symlinks=False)):
@@ -25,12 +25,8 @@ if [ -n "$policy" ] && [ -f "$policy" ]; then
   sed -n "/^# lab: $student $lab begins\$/,/^# lab: $student $lab ends\$/s|^|policy |p" "$policy"
 fi
 if [ -n "$guests" ] && command -v xen9p >/dev/null; then
-  xen9p status --json | GUESTS=$guests python3 -c '
-import json, os, sys
-guests = os.environ["GUESTS"].split()
-for d in sorted(json.load(sys.stdin)["devices"], key=lambda d: (d["guest"], d["tag"])):
-    if d["guest"] in guests:
-        print("device", d["guest"], d["tag"], d["export"], d["access"], d["path"])'
+  read -ra names <<<"$guests"
+  python3 -I -S -c "$(base64 -d <<<"$devices")" "$control" list "${names[@]}"
 fi
 for top in $mounts; do
   awk -v top="$top" '$2 == top || index($2, top "/") == 1 { print "mount", $1, $2, $3 }' /proc/mounts

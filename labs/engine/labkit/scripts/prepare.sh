@@ -3,7 +3,7 @@
 # Whatever is there already stays as it is. The caller sets the variables that are named first.
 set -euo pipefail
 : "${student:?}" "${lab:?}" "${part:?}" "${pristine:?}" "${store:?}" "${mib:?}" "${work:?}" "${state:?}" "${policy:?}" "${bin:?}"
-: "${tree:=}" "${block:=}" "${attach:=}" "${kit:?}" "${values:?}"
+: "${tree:=}" "${block:=}" "${attach:=}" "${kit:?}" "${values:?}" "${devices:?}" "${control:?}"
 
 fail() {
   echo "error: $1" >&2
@@ -57,42 +57,5 @@ fi
 rm -f "$policy.lab"
 flock -u 9
 
-# The service takes a reload up a moment later, and what a rule attaches by itself may be there already.
-give() {
-  local said try
-  for try in $(seq 40); do
-    said=$(xen9p attach "$1" "$2" --tag "$3" 2>&1 </dev/null) && return
-    case $said in
-    *"has tag"*) return 0 ;;
-    *"is running"*) fail "$1 does not run: xl create /etc/xen/$1.cfg" ;;
-    esac
-    sleep 0.5
-  done
-  fail "$1 does not get $2 after $try tries: ${said#xen9p: error: }"
-}
-
-# How many of the devices that a kernel serves are not connected yet. Those of user space are when somebody uses them.
-missing() {
-  xen9p status </dev/null | WANTED=$attach awk '
-    BEGIN { n = split(ENVIRON["WANTED"], lines, "\n"); for (i = 1; i <= n; i++) { split(lines[i], w, " ")
-      if (w[4] == "kernel") wanted[w[1] " " w[3]] } }
-    $6 == "connected" { delete wanted[$2 " " $3] }
-    END { for (each in wanted) print each }'
-}
-
-pids=()
-while read -r guest export tag _; do
-  [ -n "$guest" ] || continue
-  give "$guest" "$export" "$tag" &
-  pids+=("$!")
-done <<<"$attach"
-for pid in "${pids[@]}"; do
-  wait "$pid" || exit 3
-done
 [ -n "$attach" ] || exit 0
-for _ in $(seq 20); do
-  left=$(missing)
-  [ -n "$left" ] || exit 0
-  sleep 0.5
-done
-fail "a guest does not take its device (${left//$'\n'/, }): see xen9p status, and dmesg in the guest"
+python3 -I -S -c "$(base64 -d <<<"$devices")" "$control" attach <<<"$attach" || exit 3

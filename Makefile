@@ -72,6 +72,11 @@ bench-cache: ## boots that are read ahead of, streams, clones that share pages; 
 	@tools/bootstrap dedup
 	@$(PYTHON) tools/bench_cache.py $(ARGS)
 
+.PHONY: bench-snapshot
+bench-snapshot: ## snapshots of an export, against reflinks of a disk image; as root, no Xen needed
+	@tools/bootstrap dedup
+	@$(PYTHON) tools/bench_snapshot.py $(ARGS)
+
 .PHONY: sanitize
 sanitize: ## the tests that are mostly C, on a data plane with sanitizers: address and undefined, then thread
 	@tools/bootstrap check

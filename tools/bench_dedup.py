@@ -13,20 +13,17 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bench_store
-from bench_store import BenchError, bars_chart, run
+from bench_store import MIB, BenchError, bars_chart, mounted, read_from, run, used
 
 ROOT = Path(__file__).resolve().parents[1]
-MIB = 1 << 20
 SIDES = {
     "ours": "xen9p dedup run",
     "full": "xen9p dedup run --full, knowing nothing",
@@ -36,35 +33,6 @@ SIDES = {
     "images-4k": "duperemove on disk images, 4 KiB",
 }
 PROGRAM = [sys.executable, "-c", "import sys; from xen9p.cli import main; sys.exit(main())", "dedup"]
-
-
-@contextmanager
-def mounted(image: Path, point: Path) -> Iterator[str]:
-    """A file mounted as the filesystem that it has; the loop device's name."""
-    point.mkdir(exist_ok=True)
-    loop = run("losetup", "--find", "--show", image).strip()
-    try:
-        run("mount", "-o", "noatime", loop, point)
-        try:
-            yield Path(loop).name
-        finally:
-            run("umount", point)
-    finally:
-        # Another copy has the same id: the kernel must not take it for an old state of this one.
-        subprocess.run(["btrfs", "device", "scan", "--forget", loop], check=False, capture_output=True)
-        run("losetup", "--detach", loop)
-
-
-def read_from(loop: str) -> int:
-    """Bytes that have been read from a loop device."""
-    return int(Path(f"/sys/block/{loop}/stat").read_text().split()[2]) * 512
-
-
-def used(point: Path) -> int:
-    """Bytes in use of a filesystem, when all is on the disk."""
-    run("btrfs", "filesystem", "sync", point)
-    there = os.statvfs(point)
-    return (there.f_blocks - there.f_bfree) * there.f_frsize
 
 
 def exclusive(point: Path) -> int:

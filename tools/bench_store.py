@@ -7,13 +7,17 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from bench_chart import STYLE, WIDTH
+
+MIB = 1 << 20
+DROP = Path("/proc/sys/vm/drop_caches")
 
 
 class BenchError(Exception):
@@ -37,6 +41,41 @@ def missing(target: str) -> str:
         if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
             return f"{tool} is missing: apt-get install {package}"
     return "" if Path("/dev/loop-control").exists() else "there are no loop devices: modprobe loop"
+
+
+@contextmanager
+def mounted(image: Path, point: Path) -> Iterator[str]:
+    """A file mounted as the filesystem that it has; the loop device's name."""
+    point.mkdir(exist_ok=True)
+    loop = run("losetup", "--find", "--show", image).strip()
+    try:
+        run("mount", "-o", "noatime", loop, point)
+        try:
+            yield Path(loop).name
+        finally:
+            run("umount", point)
+    finally:
+        # Another copy has the same id: the kernel must not take it for an old state of this one.
+        subprocess.run(["btrfs", "device", "scan", "--forget", loop], check=False, capture_output=True)
+        run("losetup", "--detach", loop)
+
+
+def read_from(loop: str) -> int:
+    """Bytes that have been read from a loop device."""
+    return int(Path(f"/sys/block/{loop}/stat").read_text().split()[2]) * 512
+
+
+def used(point: Path) -> int:
+    """Bytes in use of a filesystem, when all is on the disk."""
+    run("btrfs", "filesystem", "sync", point)
+    there = os.statvfs(point)
+    return (there.f_blocks - there.f_bfree) * there.f_frsize
+
+
+def drop_caches() -> None:
+    """Empty the page cache, when all is on the disk."""
+    os.sync()
+    DROP.write_text("3\n")
 
 
 def bars_chart(

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import bench_dedup
+import bench_store
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = [sys.executable, str(ROOT / "tools" / "bench_dedup.py")]
-MIB = bench_dedup.MIB
+MIB = bench_store.MIB
 
 
 def side(read: int, saved: int) -> dict[str, Any]:

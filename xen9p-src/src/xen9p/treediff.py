@@ -389,7 +389,7 @@ class _Comparison:
 
     def _ranges(self, was: bytes, path: bytes, old: Node, new: Node) -> list[Range]:
         common = min(old.size, new.size)
-        suspect = _unshared(self.older.extents(old.number, old.size), self.newer.extents(new.number, new.size), common)
+        suspect = unshared(self.older.extents(old.number, old.size), self.newer.extents(new.number, new.size), common)
         if suspect and self.content:
             suspect = self._really(was, path, suspect)
         if old.size != new.size:
@@ -408,8 +408,8 @@ class _Comparison:
             os.close(before)
 
 
-def _unshared(one: list[tuple[int, int, object]], other: list[tuple[int, int, object]], size: int) -> list[Range]:
-    """The ranges of the first size bytes that are not the same place on the disk."""
+def unshared(one: list[tuple[int, int, object]], other: list[tuple[int, int, object]], size: int) -> list[Range]:
+    """The ranges of the first size bytes of two files that are not the same place on the disk; see Tree.extents()."""
     found = []
     i = k = at = 0
     while at < size:

@@ -197,6 +197,24 @@ def test_a_guest_sees_its_snapshots_and_waits_for_none(dom0: Dom0) -> None:
             g1.run("umount /mnt/snap; umount /mnt/shown; rmdir /mnt/snap /mnt/shown; rm -f /tmp/probe")
 
 
+def test_systemd_makes_them_and_leaves_others_alone(dom0: Dom0) -> None:
+    """The service has the rights that it takes, while a guest has the export attached; it keeps what it is told to."""
+    unit = "xen9p-snapshot-labsnap"
+    with own_export(dom0):
+        snapshot(dom0, "create", "labsnap", NAME)
+        said = dom0.out("xen9p snapshot schedule labsnap --on daily --keep-last 1").strip()
+        try:
+            assert said == "runs at daily"
+            assert dom0.out(f"systemctl is-enabled {unit}.timer").strip() == "enabled"
+            for _ in range(2):
+                dom0.out(f"systemctl start {unit}.service || {{ journalctl -u {unit} -n 5 -o cat; false; }}")
+            there = snapshot(dom0, "list", "labsnap")["snapshots"]
+            assert [(s["name"] == NAME, s["reason"]) for s in there] == [(True, ""), (False, "scheduled")]
+        finally:
+            dom0.out("xen9p snapshot schedule labsnap --off")
+        assert dom0.run(f"systemctl is-enabled {unit}.timer").rc != 0
+
+
 def test_killed_in_the_middle_it_leaves_a_whole_store(dom0: Dom0) -> None:
     """The command dies while guests stand still: they go on, and no half of a snapshot is there."""
     g1 = connect("g1")

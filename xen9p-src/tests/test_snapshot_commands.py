@@ -199,11 +199,39 @@ def test_a_guest_from_create_to_restore(home: Path, run: Command, tmp_path: Path
         (("diff", "home", "none"), "has no snapshot none"),
         (("prune", "home"), "this would delete every snapshot (say what to keep"),
         (("clone", "home", "none", "x"), "has no snapshot none"),
+        (("schedule", "home", "--on", "daily"), "this would fill the store (say what to keep"),
+        (("schedule", "home", "--on", "daily", "--off", "--keep-last", "1"), "contradict each other"),
+        (("schedule", "home", "--keep-last", "1"), "says nothing without --on"),
+        (("schedule", "nobody", "--on", "daily", "--keep-last", "1"), "no export nobody, and no guest of that name"),
+        (("schedule", "home", "--on", "a\nb", "--keep-last", "1"), "is no time"),
     ],
 )
 def test_bad_input_is_one_line(run: Command, args: tuple[str, ...], says: str) -> None:
     assert says in run(*args)["error"]
     assert run("list", "home")["snapshots"] == []
+
+
+def test_a_schedule_keeps_of_its_own_and_leaves_others_alone(home: Path, run: Command, tmp_path: Path) -> None:  # noqa: F811
+    units = tmp_path / "units"
+    units.mkdir()
+    where = ("--unit-dir", str(units))
+    assert run("schedule", "home", *where)["said"] == "does not run by itself (see --on)"
+    keep = ("--keep-last", "2", "--keep-daily", "7")
+    assert run("schedule", "home", "--on", "daily", *keep, *where)["said"] == "runs at daily"
+    assert run("schedule", "home", "--on", "daily", *keep, *where)["said"] == "runs at daily, as before"
+    timer, service = ((units / f"xen9p-snapshot-home.{kind}").read_text() for kind in ("timer", "service"))
+    assert "OnCalendar=daily\n" in timer
+    commands = [line.split(" ", 1)[1].split() for line in service.splitlines() if line.startswith("ExecStart=")]
+    assert [words[1] for words in commands] == ["create", "prune"]
+    run("create", "home", "mine")
+    for _ in range(3):  # what systemd would do
+        for words in commands:
+            assert "error" not in run(*words[1 : words.index("--policy")])
+    there = run("list", "home")["snapshots"]
+    assert [s["reason"] for s in there] == ["", "scheduled", "scheduled"]
+    assert there[0]["name"] == "mine"
+    assert run("schedule", "home", "--off", *where)["said"] == "does not run by itself any more"
+    assert list(units.iterdir()) == []
 
 
 def test_a_request_that_does_not_end(home: Path, run: Command, tmp_path: Path) -> None:  # noqa: F811

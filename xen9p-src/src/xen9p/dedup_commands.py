@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from xen9p import btrfs, defaults, policy
+from xen9p import btrfs, policy, timers
 from xen9p.dedup import Counts, Deduper, Options, Tree, be_gentle, open_directory, survey, usage
-from xen9p.dedup_options import UNITS, WHEN
 from xen9p.dedup_state import State, only_run, running
 from xen9p.errors import Xen9pError
 from xen9p.policy import Export, Policy
 from xen9p.sizes import size_text
 
-NAME: Final = "xen9p-dedup"
 SAY: Final = 5.0
 """Seconds between lines about how far a run is."""
 
@@ -283,18 +279,10 @@ def _status_lines(answer: dict[str, Any]) -> list[str]:
 # The schedule.
 
 
-def units(when: str, limit: int) -> dict[str, str]:
-    """The timer and its service, by their files' names."""
-    program = shutil.which("xen9p") or "/usr/local/bin/xen9p"
+def service(limit: int) -> str:
+    """What runs by itself, with what rights, as a service of systemd has it."""
     options = f" --limit {size_text(limit)}" if limit else ""
-    head = "# Written by xen9p dedup schedule: changes are lost.\n[Unit]\nDescription="
-    return {
-        f"{NAME}.service": f"""{head}Share what the exports of xen9p have in common
-ConditionPathExists={defaults.POLICY}
-
-[Service]
-Type=oneshot
-ExecStart={program} dedup run{options}
+    return f"""ExecStart={timers.program()} dedup run{options}
 # Not idle: a guest's writer may wait for a file that this has locked.
 Nice=10
 IOSchedulingClass=best-effort
@@ -302,97 +290,13 @@ IOSchedulingPriority=7
 StateDirectory=xen9p/dedup
 StateDirectoryMode=0700
 CapabilityBoundingSet=CAP_SYS_ADMIN CAP_DAC_READ_SEARCH CAP_FOWNER
-NoNewPrivileges=yes
-PrivateNetwork=yes
-ProtectSystem=full
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectControlGroups=yes
-MemoryMax=512M
-""",
-        f"{NAME}.timer": f"""{head}Runs of xen9p dedup
-
-[Timer]
-OnCalendar={when}
-RandomizedDelaySec=10min
-Persistent=yes
-
-[Install]
-WantedBy=timers.target
-""",
-    }
+"""
 
 
 def _schedule(args: argparse.Namespace) -> int:
-    if args.on and args.off:
-        raise Xen9pError("--on and --off contradict each other", "choose one of them")
-    timer = args.unit_dir / f"{NAME}.timer"
-    if args.off:
-        return _unschedule(args.unit_dir)
-    if not args.on:
-        if args.limit:
-            raise Xen9pError("--limit says nothing without --on", "add --on")
-        when = [line for line in _text(timer).splitlines() if line.startswith("OnCalendar=")]
-        print(f"runs at {when[0].partition('=')[2]} ({timer})" if when else "does not run by itself (see --on)")
-        return 0
-    _check_when(args.on)
-    wanted = units(args.on, args.limit)
-    if all(_text(args.unit_dir / name) == text for name, text in wanted.items()):
-        print(f"runs at {args.on}, as before")
-    else:
-        try:
-            for name, text in wanted.items():
-                fresh = args.unit_dir / f".{name}.new"
-                fresh.write_text(text)
-                fresh.rename(args.unit_dir / name)
-        except OSError as error:
-            raise Xen9pError(f"{args.unit_dir}: {error.strerror}", "run it as root") from None
-        print(f"runs at {args.on}")
-    if args.unit_dir == UNITS:
-        _systemctl("daemon-reload")
-        _systemctl("enable", "--now", f"{NAME}.timer")
+    if args.limit and not args.on:
+        raise Xen9pError("--limit says nothing without --on", "add --on")
+    about = "Share what the exports of xen9p have in common"
+    timer = timers.Timer("xen9p-dedup", args.unit_dir, "xen9p dedup schedule", about)
+    print(timer.change(args.on, args.off, service(args.limit)))
     return 0
-
-
-def _unschedule(folder: Path) -> int:
-    there = [folder / name for name in units(WHEN, 0) if (folder / name).exists()]
-    if there and folder == UNITS:
-        _systemctl("disable", "--now", f"{NAME}.timer")
-    try:
-        for path in there:
-            path.unlink()
-    except OSError as error:
-        raise Xen9pError(f"{folder}: {error.strerror}", "run it as root") from None
-    if there and folder == UNITS:
-        _systemctl("daemon-reload")
-    print("does not run by itself any more" if there else "does not run by itself, as before")
-    return 0
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def _check_when(when: str) -> None:
-    if "\n" in when:
-        raise Xen9pError(f"{when!r} is no time", "see: man systemd.time")
-    with contextlib.suppress(FileNotFoundError):
-        done = subprocess.run(
-            ["systemd-analyze", "calendar", "--", when], check=False, capture_output=True, text=True, timeout=30
-        )
-        if done.returncode:
-            raise Xen9pError(
-                f"{when!r} is no time for systemd", "as in daily, or Mon..Fri 03:00; see: man systemd.time"
-            )
-
-
-def _systemctl(*words: str) -> None:
-    try:
-        done = subprocess.run(["systemctl", *words], check=False, capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
-        raise Xen9pError("systemctl is missing", "run xen9p dedup run from what starts things here, as cron") from None
-    if done.returncode:
-        raise Xen9pError(f"systemctl {' '.join(words)}: {' '.join(done.stderr.split())}", "see: systemctl status")

@@ -12,7 +12,6 @@ from xen9p.options import Subparsers
 from xen9p.sizes import parse_size
 
 STATE: Final = Path("/var/lib/xen9p/dedup")
-UNITS: Final = Path("/etc/systemd/system")
 WHEN: Final = "*-*-* 03:30:00"
 SETTLE: Final = 10.0
 """Seconds for which a file must not have been changed; until then it is left for the next run."""
@@ -58,10 +57,8 @@ def add(commands: Subparsers) -> None:
         help="have it run by itself",
         description="Have systemd run it at certain times. Without options, say what is set up.",
     )
-    schedule.add_argument("--on", nargs="?", const=WHEN, metavar="WHEN", help=f"as systemd.time(7) has it; {WHEN}")
-    schedule.add_argument("--off", action="store_true", help="no more")
+    options.schedule(schedule, WHEN)
     schedule.add_argument("--limit", type=_rate, default=0, metavar="BYTES/s", help="for its runs")
-    schedule.add_argument("--unit-dir", type=Path, default=UNITS, metavar="DIR", help="default: %(default)s")
 
 
 def _places(command: argparse.ArgumentParser) -> None:

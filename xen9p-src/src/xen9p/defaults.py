@@ -12,6 +12,7 @@ from typing import Final
 POLICY: Final = Path("/etc/xen9p/policy.toml")
 RUNTIME: Final = Path("/run/xen9p")
 PROFILES: Final = Path("/var/lib/xen9p/cache")
+UNITS: Final = Path("/etc/systemd/system")
 KEY_NAME: Final = "key"
 LEAST_TERM: Final = 0.5
 MOST_TERM: Final = 60.0

@@ -24,3 +24,10 @@ def runtime_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--runtime-dir", type=Path, default=defaults.RUNTIME, metavar="DIR", help="of xen9pd; default: %(default)s"
     )
+
+
+def schedule(command: argparse.ArgumentParser, usual: str) -> None:
+    """Adds --on, --off and --unit-dir; usual: when it is by --on alone. See timers.py."""
+    command.add_argument("--on", nargs="?", const=usual, metavar="WHEN", help=f"as systemd.time(7) has it; {usual}")
+    command.add_argument("--off", action="store_true", help="no more")
+    command.add_argument("--unit-dir", type=Path, default=defaults.UNITS, metavar="DIR", help="default: %(default)s")

@@ -342,10 +342,16 @@ class Store:
         except OSError as error:
             raise _failed(f"snapshot {one.name} of {one.export} is not deleted", error) from None
 
-    def prune(self, export: str, keep: Keep, *, dry_run: bool = False) -> tuple[Sequence[Snapshot], Sequence[Snapshot]]:
-        """Deletes what a schedule does not keep: (kept, deleted), the oldest first."""
+    def prune(
+        self, export: str, keep: Keep, *, reason: str | None = None, dry_run: bool = False
+    ) -> tuple[Sequence[Snapshot], Sequence[Snapshot]]:
+        """Deletes what a schedule does not keep: (kept, deleted), the oldest first.
+
+        Args:
+            reason: look only at those that were made with this one; others are not counted.
+        """
         with self.locked():
-            there = self.all(export)
+            there = [one for one in self.all(export) if reason is None or one.reason == reason]
             kept = keep.of(there)
             gone = [one for one in there if one not in kept]
             if not dry_run:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from xen9p import control, policy, quota, restore, snapshot
+from xen9p import control, defaults, policy, quota, restore, snapshot, timers
 from xen9p.cli import size, table
 from xen9p.errors import NobodyError
 from xen9p.escape import escape
@@ -19,6 +21,8 @@ from xen9p.policy import Policy
 from xen9p.snapshot import NOW, Keep, Snapshot, SnapshotError, Store
 
 ROOT_TAG = "root"
+SCHEDULED: Final = "scheduled"
+"""The reason of what a schedule made. It deletes no other ones."""
 MOST_SHOWN = 4  # ranges of a file
 
 
@@ -96,12 +100,14 @@ class Target:
 def run(args: argparse.Namespace) -> int:
     """Runs one command; 0 if all is well."""
     rules = policy.load(args.policy, check_paths=False)
-    target = Target(args.target, rules, _running(args.runtime_dir))
     commands: dict[str, Callable[[argparse.Namespace, Target, Policy], Any]] = {
         "create": _create, "list": _list, "diff": _diff, "restore": _restore, "delete": _delete, "prune": _prune,
         "clone": _clone,
     }  # fmt: skip
-    said = commands[args.verb](args, target, rules)
+    if args.verb == "schedule":
+        said = _schedule(args, rules)  # one can end that of an export which is gone
+    else:
+        said = commands[args.verb](args, Target(args.target, rules, _running(args.runtime_dir)), rules)
     if args.json:
         print(json.dumps(said, indent=2), flush=True)
     return 0
@@ -241,18 +247,50 @@ def _delete(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, An
     return {"changed": True, "snapshots": [s.plain() for s in gone]}
 
 
+def _keep(args: argparse.Namespace) -> Keep:
+    return Keep(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Keep)})
+
+
 def _prune(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any]:
-    keep = Keep(args.last, args.hourly, args.daily, args.weekly, args.monthly, args.yearly)
+    keep = _keep(args)
     if keep == Keep():
         raise SnapshotError("this would delete every snapshot", "say what to keep, for instance --keep-last 1")
     gone: list[Snapshot] = []
     kept: list[Snapshot] = []
     for export in target.exports:
-        stay, go = target.store.prune(export, keep, dry_run=args.dry_run)
+        stay, go = target.store.prune(export, keep, reason=args.reason, dry_run=args.dry_run)
         kept, gone = [*kept, *stay], [*gone, *go]
     word = "would delete" if args.dry_run else "deleted"
     _say(args, *(f"{word} {s.export} {s.name}" for s in gone), f"{word} {len(gone)}, kept {len(kept)}")
     return {"changed": bool(gone), "deleted": [s.plain() for s in gone], "kept": [s.plain() for s in kept]}
+
+
+def service(args: argparse.Namespace, keep: Keep) -> str:
+    """What a schedule runs, with what rights, as a service of systemd has it: first a new one, then old ones go."""
+    policy_file = "" if args.policy == defaults.POLICY else f" --policy {shlex.quote(str(args.policy))}"
+    kept = " ".join(f"--keep-{span} {count}" for span, count in dataclasses.asdict(keep).items() if count)
+    command = f"{timers.program()} snapshot"
+    return f"""ExecStart={command} create {args.target} --reason {SCHEDULED}{policy_file}
+ExecStart={command} prune {args.target} --reason {SCHEDULED} {kept}{policy_file}
+CapabilityBoundingSet=CAP_SYS_ADMIN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER
+"""
+
+
+def _schedule(args: argparse.Namespace, rules: Policy) -> dict[str, Any]:
+    keep = _keep(args)
+    if args.on and keep == Keep():
+        raise SnapshotError("this would fill the store", "say what to keep, for instance --keep-hourly 24")
+    if not args.on and keep != Keep():
+        raise SnapshotError("what is kept says nothing without --on", "add --on")
+    # It is a word in a unit, and part of its name.
+    snapshot.check_name(args.target)
+    if args.on:
+        Target(args.target, rules, _running(args.runtime_dir))
+    name = f"xen9p-snapshot-{args.target}"
+    timer = timers.Timer(name, args.unit_dir, "xen9p snapshot schedule", f"Snapshots of {args.target}")
+    said = timer.change(args.on, args.off, service(args, keep))
+    _say(args, said)
+    return {"said": said}
 
 
 def _clone(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any]:

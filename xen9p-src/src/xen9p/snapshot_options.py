@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import Final
 
 from xen9p import options
 from xen9p.options import Subparsers
 
+WHEN: Final = "hourly"
 _TARGET = "an export of the policy; or a guest: all exports that it can write to"
 
 
@@ -63,14 +65,30 @@ def add(commands: Subparsers) -> None:
     delete.add_argument("name", metavar="NAME", help="a snapshot")
     last(delete)
 
+    def keep(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--keep-last", dest="last", type=_number, default=0, metavar="N", help="the last ones")
+        for span in ("hour", "day", "week", "month", "year"):
+            word = "daily" if span == "day" else f"{span}ly"
+            help_ = f"the last one of each of the last {span}s that have any"
+            made.add_argument(f"--keep-{word}", dest=word, type=_number, default=0, metavar="N", help=help_)
+
     prune = verb("prune", "delete what a schedule does not keep", "Delete all snapshots but those that are to be kept.")
-    prune.add_argument("--keep-last", dest="last", type=_number, default=0, metavar="N", help="the last ones")
-    for span in ("hour", "day", "week", "month", "year"):
-        word = "daily" if span == "day" else f"{span}ly"
-        help_ = f"the last one of each of the last {span}s that have any"
-        prune.add_argument(f"--keep-{word}", dest=word, type=_number, default=0, metavar="N", help=help_)
+    keep(prune)
+    prune.add_argument(
+        "--reason", metavar="TEXT", help="look only at those that were made with it; default: at all of them"
+    )
     prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     last(prune)
+
+    schedule = verb(
+        "schedule",
+        "have one made by itself, again and again",
+        "Have systemd make a snapshot at certain times, and delete of those that it made what is not to be kept. "
+        "Without options, say what is set up.",
+    )
+    options.schedule(schedule, WHEN)
+    keep(schedule)
+    last(schedule)
 
     clone = verb(
         "clone", "a writable copy", "Make a writable copy of a snapshot beside its export; of a guest's, its root."

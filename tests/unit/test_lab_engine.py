@@ -372,7 +372,7 @@ def test_a_broken_check_is_no_wrong_answer(
     assert outcome.achieved == 20, "what was achieved is not lost"
     made = results.make(SAMPLE, room.student(), room.course, done)
     assert made["complete"] is False
-    assert results.moodle([made]).splitlines()[1] == "000,,", "no grade is given"
+    assert "000" not in results.moodle([made]), "no grade is given, and none that is there is deleted"
     assert any(said in note for note in made["instructor"]) or status == "unreachable"
 
 
@@ -686,6 +686,7 @@ def test_six_students_on_two_hosts(room: Classroom, tmp_path: Path) -> None:
     room.guest("eve").rename(room.guest("eve").with_name("off-too"))
     assert room.cli("grade", "sample", "--all", "--host", "south", "--out", str(out), student=None).returncode == 69
     assert json.loads((out / "sample" / "eve.json").read_text())["undecided"] == 40
+    assert "eve" not in (out / "sample/canvas.csv").read_text()
     room.guest("eve").with_name("off-too").rename(room.guest("eve"))
     assert room.cli("grade", "sample", "--out", str(out), student="eve").returncode == 0
     files = [str(out / "sample" / f"{name}.json") for name in NAMES]
@@ -772,7 +773,16 @@ def test_where_to_read_on_is_a_link_to_the_site(room: Classroom) -> None:
 def test_cells_are_no_formulas() -> None:
     made = {"student": "ada", "full_name": "=1+1", "title": "T", "complete": True, "score": 5.5}
     assert list(csv.reader(results.canvas([made]).splitlines()))[2][0] == "'=1+1"
-    assert results.canvas([{**made, "complete": False}]).splitlines()[2].endswith(",")
+
+
+def test_who_has_no_grade_has_no_line_that_would_delete_one() -> None:
+    both = [
+        {"student": "bob", "id": "7", "title": "T", "complete": True, "score": 80.0},
+        {"student": "ada", "id": "5", "email": "ada@example.org", "title": "T", "complete": False, "score": 40.0},
+    ]
+    assert results.moodle(both) == "ID number,Email address,T\n7,,80\n"
+    assert results.canvas(both).splitlines()[1:] == ["    Points Possible,,,,,100", "bob,,7,bob,,80"]
+    assert results.canvas([{**both[0], "complete": False}]).count("\n") == 2
 
 
 # Folders.

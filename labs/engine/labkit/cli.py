@@ -344,6 +344,8 @@ def _write_class(course: Course, lab: Lab, out: Path) -> None:
     results.write(folder / "moodle.csv", results.moodle(found))
     results.write(folder / "canvas.csv", results.canvas(found))
     print(f"written: {folder}/class.html, class.xml, moodle.csv, canvas.csv")
+    if waiting := [r["student"] for r in found if not r["complete"]]:
+        print(f"not in the CSV files, as not all could be looked at: {', '.join(waiting)}; grade again")
 
 
 def _collect(options: argparse.Namespace) -> int:

@@ -149,42 +149,35 @@ def _xml(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _grade(results: Results) -> str:
-    """The grade for a platform; empty for what is not complete, which leaves the one that is there."""
-    return f"{results['score']:g}" if results["complete"] else ""
+def graded(all_results: Sequence[Results]) -> list[Results]:
+    """Those that have a grade, in the order of the students' names.
+
+    The others get no line in a file for a platform: an empty field is no field that is left alone, but deletes the
+    grade that is there (Moodle: grade/import/csv/classes/load_data.php; Canvas: lib/gradebook_importer.rb).
+    """
+    return sorted((results for results in all_results if results["complete"]), key=lambda results: results["student"])
 
 
 def moodle(all_results: Sequence[Results]) -> str:
-    """For Moodle's *Grades, Import, CSV file*: an empty grade is not imported. `ID number` or `Email address` maps to
-    the user, the others to grade items of these names."""
-    titles = list(dict.fromkeys(results["title"] for results in all_results))
-    rows = [["ID number", "Email address", *titles]]
-    for mine in _by_student(all_results):
-        rows.append([mine[0].get("id", ""), mine[0].get("email", ""), *_row(mine, titles)])
+    """A lab's grades for Moodle's *Grades, Import, CSV file*: `ID number` or `Email address` maps to the user, the
+    third column to a grade item."""
+    rows = [["ID number", "Email address", *_title(all_results)]]
+    rows += [[r.get("id", ""), r.get("email", ""), f"{r['score']:g}"] for r in graded(all_results)]
     return _csv(rows)
 
 
 def canvas(all_results: Sequence[Results]) -> str:
-    """For the import of Canvas' gradebook: its five columns, a column for each lab, and the row of points possible."""
-    titles = list(dict.fromkeys(results["title"] for results in all_results))
-    rows = [["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *titles]]
-    rows.append(["    Points Possible", "", "", "", "", *(["100"] * len(titles))])
-    for mine in _by_student(all_results):
-        who = mine[0]
-        rows.append(
-            [who.get("full_name", who["student"]), "", who.get("id", ""), who["student"], "", *_row(mine, titles)]
-        )
+    """A lab's grades for the import of Canvas' gradebook, with the row of points possible."""
+    rows = [["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *_title(all_results)]]
+    rows.append(["    Points Possible", "", "", "", "", "100"])
+    for r in graded(all_results):
+        rows.append([r.get("full_name", r["student"]), "", r.get("id", ""), r["student"], "", f"{r['score']:g}"])
     return _csv(rows)
 
 
-def _by_student(all_results: Sequence[Results]) -> list[list[Results]]:
-    names = sorted({results["student"] for results in all_results})
-    return [[r for r in all_results if r["student"] == name] for name in names]
-
-
-def _row(mine: Sequence[Results], titles: Sequence[str]) -> list[str]:
-    grades = {results["title"]: _grade(results) for results in mine}
-    return [grades.get(title, "") for title in titles]
+def _title(all_results: Sequence[Results]) -> list[str]:
+    """The lab's, as the only one of a list; none if nobody has results."""
+    return list(dict.fromkeys(results["title"] for results in all_results))
 
 
 def _csv(rows: Iterable[Sequence[str]]) -> str:

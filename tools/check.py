@@ -25,7 +25,7 @@ PACKAGE = "xen9p-src/tests"
 # may take; make test has them.
 LONG = [
     *(f"tests/unit/test_lab_{n}.py" for n in ("engine", "server", "policy", "caching", "scripts")),
-    *(f"tests/unit/test_bench_{n}.py" for n in ("cache", "dedup", "full", "translations")),
+    *(f"tests/unit/test_bench_{n}.py" for n in ("cache", "dedup", "full", "snapshot", "translations")),
     *(f"{PACKAGE}/test_{n}.py" for n in ("dedup", "fuse_coherent", "restore", "snapshot", "torture")),
 ]
 # Those that make filesystems and mounts: half of the package's time, so they run beside the others.

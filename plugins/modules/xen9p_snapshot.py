@@ -35,7 +35,12 @@ options:
       - V(restored) brings O(paths), or all, back to what they are in the snapshot; what guests have made since is lost.
       - V(cloned) makes a writable copy with the name O(new) beside the export; of a guest, of its root.
       - V(pruned) deletes all snapshots but those that O(keep) says.
-  reason: {type: str, default: "", description: [Is listed with a new snapshot.]}
+  reason:
+    type: str
+    default: ""
+    description:
+      - Is listed with a new snapshot.
+      - With V(pruned), only those that were made with it are looked at; without it all are, those of a schedule too.
   paths:
     type: list
     elements: str
@@ -156,7 +161,8 @@ def work(given: dict[str, Any], dry: bool, ask: Ask) -> dict[str, Any]:
             return would if dry or not would["changed"] else ask("clone", target, name, given["new"])
         case _:
             keep = [f"--keep-{span}={given['keep'][span]}" for span in SPANS if given["keep"].get(span)]
-            return ask("prune", *trial, *keep, target)
+            own = [f"--reason={given['reason']}"] if given["reason"] else []
+            return ask("prune", *trial, *own, *keep, target)
 
 
 def present(given: dict[str, Any], dry: bool, ask: Ask, force: list[str]) -> dict[str, Any]:

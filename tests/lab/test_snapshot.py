@@ -209,7 +209,7 @@ def test_systemd_makes_them_and_leaves_others_alone(dom0: Dom0) -> None:
             for _ in range(2):
                 dom0.out(f"systemctl start {unit}.service || {{ journalctl -u {unit} -n 5 -o cat; false; }}")
             there = snapshot(dom0, "list", "labsnap")["snapshots"]
-            assert [(s["name"] == NAME, s["reason"]) for s in there] == [(True, ""), (False, "scheduled")]
+            assert [(s["name"] == NAME, s["reason"]) for s in there] == [(True, ""), (False, "schedule:labsnap")]
         finally:
             dom0.out("xen9p snapshot schedule labsnap --off")
         assert dom0.run(f"systemctl is-enabled {unit}.timer").rc != 0

@@ -372,7 +372,7 @@ def test_a_broken_check_is_no_wrong_answer(
     assert outcome.achieved == 20, "what was achieved is not lost"
     made = results.make(SAMPLE, room.student(), room.course, done)
     assert made["complete"] is False
-    assert "000" not in results.moodle([made]), "no grade is given, and none that is there is deleted"
+    assert "000" not in results.moodle([made], "T"), "no grade is given, and none that is there is deleted"
     assert any(said in note for note in made["instructor"]) or status == "unreachable"
 
 
@@ -771,18 +771,19 @@ def test_where_to_read_on_is_a_link_to_the_site(room: Classroom) -> None:
 
 
 def test_cells_are_no_formulas() -> None:
-    made = {"student": "ada", "full_name": "=1+1", "title": "T", "complete": True, "score": 5.5}
-    assert list(csv.reader(results.canvas([made]).splitlines()))[2][0] == "'=1+1"
+    made = {"student": "ada", "full_name": "=1+1", "complete": True, "score": 5.5}
+    assert list(csv.reader(results.canvas([made], "T").splitlines()))[2][0] == "'=1+1"
 
 
 def test_who_has_no_grade_has_no_line_that_would_delete_one() -> None:
     both = [
-        {"student": "bob", "id": "7", "title": "T", "complete": True, "score": 80.0},
-        {"student": "ada", "id": "5", "email": "ada@example.org", "title": "T", "complete": False, "score": 40.0},
+        {"student": "bob", "id": "7", "complete": True, "score": 80.0},
+        {"student": "ada", "id": "5", "email": "ada@example.org", "complete": False, "score": 40.0},
     ]
-    assert results.moodle(both) == "ID number,Email address,T\n7,,80\n"
-    assert results.canvas(both).splitlines()[1:] == ["    Points Possible,,,,,100", "bob,,7,bob,,80"]
-    assert results.canvas([{**both[0], "complete": False}]).count("\n") == 2
+    assert results.moodle(both, "T") == "ID number,Email address,T\n7,,80\n"
+    assert results.canvas(both, "T").splitlines()[1:] == ["    Points Possible,,,,,100", "bob,,7,bob,,80"]
+    for text, lines in ((results.canvas([], "T"), 2), (results.moodle([], "T"), 1)):
+        assert [line.count(",") for line in text.splitlines()] == [text.splitlines()[0].count(",")] * lines
 
 
 # Folders.

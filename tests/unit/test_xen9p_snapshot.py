@@ -100,11 +100,13 @@ def test_the_others(snapshot: ModuleType) -> None:
     host = Host("a")
     snapshot.work(given(name="a", state="restored", paths=["x", "-y"], online=True), False, host)
     snapshot.work(given(state="pruned", keep={"last": 2, "daily": 7, "hourly": 0}), False, host)
+    snapshot.work(given(state="pruned", keep={"last": 1}, reason="lesson"), False, host)
     assert snapshot.work(given(name="a", state="cloned", new="old"), False, host)["changed"] is False
     assert snapshot.work(given(name="a", state="cloned", new="new"), False, host)["changed"] is True
     assert host.changing == [
         ("restore", "--online", "g1", "a", "x", "-y"),
         ("prune", "--keep-last=2", "--keep-daily=7", "g1"),
+        ("prune", "--reason=lesson", "--keep-last=1", "g1"),
         ("clone", "g1", "a", "new"),
     ]
 

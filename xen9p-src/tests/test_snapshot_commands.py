@@ -19,9 +19,10 @@ from serving import Session, memory_session
 from test_flush import gated_mkdir, receive, send
 from test_rates import until
 from test_snapshot import home  # noqa: F401 - a fixture
-from xen9p import cli, codec, control, jsonlines, worker, workers
+from xen9p import cli, codec, control, jsonlines, timers, worker, workers
 from xen9p.blink import Blink
 from xen9p.control import Answer, Attach, ControlServer, Pause, Request, Resume, Status
+from xen9p.errors import Xen9pError
 from xen9p.loop import Loop
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -204,34 +205,69 @@ def test_a_guest_from_create_to_restore(home: Path, run: Command, tmp_path: Path
         (("schedule", "home", "--keep-last", "1"), "says nothing without --on"),
         (("schedule", "nobody", "--on", "daily", "--keep-last", "1"), "no export nobody, and no guest of that name"),
         (("schedule", "home", "--on", "a\nb", "--keep-last", "1"), "is no time"),
+        (("schedule", "home", "--on", "", "--keep-last", "1"), "is no time"),
+        (("schedule", "a+b", "--off"), "cannot have a schedule"),
     ],
 )
-def test_bad_input_is_one_line(run: Command, args: tuple[str, ...], says: str) -> None:
-    assert says in run(*args)["error"]
+def test_bad_input_is_one_line(run: Command, args: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    units = tmp_path / "units"
+    units.mkdir()
+    more = ("--unit-dir", str(units)) if args[0] == "schedule" else ()
+    assert says in run(*args, *more)["error"]
+    assert list(units.iterdir()) == []
     assert run("list", "home")["snapshots"] == []
 
 
-def test_a_schedule_keeps_of_its_own_and_leaves_others_alone(home: Path, run: Command, tmp_path: Path) -> None:  # noqa: F811
+def commands(unit: Path) -> list[list[str]]:
+    """What a service runs, without the program, and without where policy and supervisor are."""
+    lines = [line for line in unit.read_text().splitlines() if line.startswith("ExecStart=")]
+    return [line.partition(" --policy")[0].split()[2:] for line in lines]
+
+
+def test_schedules_keep_of_their_own_and_leave_others_alone(home: Path, run: Command, tmp_path: Path) -> None:  # noqa: F811
     units = tmp_path / "units"
     units.mkdir()
     where = ("--unit-dir", str(units))
-    assert run("schedule", "home", *where)["said"] == "does not run by itself (see --on)"
+    assert run("schedule", "home", *where) == {"changed": False, "said": "does not run by itself (see --on)"}
     keep = ("--keep-last", "2", "--keep-daily", "7")
-    assert run("schedule", "home", "--on", "daily", *keep, *where)["said"] == "runs at daily"
-    assert run("schedule", "home", "--on", "daily", *keep, *where)["said"] == "runs at daily, as before"
-    timer, service = ((units / f"xen9p-snapshot-home.{kind}").read_text() for kind in ("timer", "service"))
-    assert "OnCalendar=daily\n" in timer
-    commands = [line.split(" ", 1)[1].split() for line in service.splitlines() if line.startswith("ExecStart=")]
-    assert [words[1] for words in commands] == ["create", "prune"]
+    assert run("schedule", "home", "--on", "daily", *keep, *where) == {"changed": True, "said": "runs at daily"}
+    again = run("schedule", "home", "--on", "daily", *keep, *where)
+    assert again == {"changed": False, "said": "runs at daily, as before"}
+    assert "prune home --reason schedule:home --keep-last 2 --keep-daily 7" in run("schedule", "home", *where)["said"]
+    assert run("schedule", "g1", "--on", "hourly", "--keep-last", "1", *where)["changed"] is True
+    assert "OnCalendar=daily\n" in (units / "xen9p-snapshot-home.timer").read_text()
+    service = (units / "xen9p-snapshot-home.service").read_text()
+    assert f" --policy {tmp_path}/" in service
+    assert f" --runtime-dir {tmp_path}\n" in service
     run("create", "home", "mine")
     for _ in range(3):  # what systemd would do
-        for words in commands:
-            assert "error" not in run(*words[1 : words.index("--policy")])
-    there = run("list", "home")["snapshots"]
-    assert [s["reason"] for s in there] == ["", "scheduled", "scheduled"]
-    assert there[0]["name"] == "mine"
-    assert run("schedule", "home", "--off", *where)["said"] == "does not run by itself any more"
+        for name in ("home", "g1"):
+            for words in commands(units / f"xen9p-snapshot-{name}.service"):
+                assert "error" not in run(*words)
+    there = [s["reason"] for s in run("list", "home")["snapshots"]]
+    assert sorted(there) == ["", "schedule:g1", "schedule:home", "schedule:home"]
+    for name in ("home", "g1"):
+        assert run("schedule", name, "--off", *where)["said"] == "does not run by itself any more"
+    assert run("schedule", "home", "--off", *where) == {"changed": False, "said": "does not run by itself, as before"}
     assert list(units.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("/etc/xen9p/policy.toml", "/etc/xen9p/policy.toml"),
+        ("/a b", '"/a b"'),
+        ("/100%/$HOME", '"/100%%/$$HOME"'),
+        ('/say "it"\\', '"/say \\"it\\"\\\\"'),
+    ],
+)
+def test_a_path_is_a_word_of_a_unit(path: str, word: str) -> None:
+    assert timers.word(Path(path)) == word
+
+
+def test_a_path_that_no_unit_can_have() -> None:
+    with pytest.raises(Xen9pError, match="cannot be in a unit"):
+        timers.word("/a\nExecStart=b")
 
 
 def test_a_request_that_does_not_end(home: Path, run: Command, tmp_path: Path) -> None:  # noqa: F811

@@ -341,8 +341,8 @@ def _write_class(course: Course, lab: Lab, out: Path) -> None:
     title = f"{lab.number}. {lab.title}"
     results.write(folder / "class.html", report.class_page(found, [s.name for s in course.students], title))
     results.write(folder / "class.xml", results.junit(found))
-    results.write(folder / "moodle.csv", results.moodle(found))
-    results.write(folder / "canvas.csv", results.canvas(found))
+    results.write(folder / "moodle.csv", results.moodle(found, lab.title))
+    results.write(folder / "canvas.csv", results.canvas(found, lab.title))
     print(f"written: {folder}/class.html, class.xml, moodle.csv, canvas.csv")
     if waiting := [r["student"] for r in found if not r["complete"]]:
         print(f"not in the CSV files, as not all could be looked at: {', '.join(waiting)}; grade again")

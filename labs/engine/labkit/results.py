@@ -158,26 +158,21 @@ def graded(all_results: Sequence[Results]) -> list[Results]:
     return sorted((results for results in all_results if results["complete"]), key=lambda results: results["student"])
 
 
-def moodle(all_results: Sequence[Results]) -> str:
+def moodle(all_results: Sequence[Results], title: str) -> str:
     """A lab's grades for Moodle's *Grades, Import, CSV file*: `ID number` or `Email address` maps to the user, the
-    third column to a grade item."""
-    rows = [["ID number", "Email address", *_title(all_results)]]
+    third column, called by the lab's title, to a grade item."""
+    rows = [["ID number", "Email address", title]]
     rows += [[r.get("id", ""), r.get("email", ""), f"{r['score']:g}"] for r in graded(all_results)]
     return _csv(rows)
 
 
-def canvas(all_results: Sequence[Results]) -> str:
+def canvas(all_results: Sequence[Results], title: str) -> str:
     """A lab's grades for the import of Canvas' gradebook, with the row of points possible."""
-    rows = [["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *_title(all_results)]]
+    rows = [["Student", "ID", "SIS User ID", "SIS Login ID", "Section", title]]
     rows.append(["    Points Possible", "", "", "", "", "100"])
     for r in graded(all_results):
         rows.append([r.get("full_name", r["student"]), "", r.get("id", ""), r["student"], "", f"{r['score']:g}"])
     return _csv(rows)
-
-
-def _title(all_results: Sequence[Results]) -> list[str]:
-    """The lab's, as the only one of a list; none if nobody has results."""
-    return list(dict.fromkeys(results["title"] for results in all_results))
 
 
 def _csv(rows: Iterable[Sequence[str]]) -> str:

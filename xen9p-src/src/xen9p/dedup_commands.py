@@ -294,7 +294,7 @@ CapabilityBoundingSet=CAP_SYS_ADMIN CAP_DAC_READ_SEARCH CAP_FOWNER
 
 
 def _schedule(args: argparse.Namespace) -> int:
-    if args.limit and not args.on:
+    if args.limit and args.on is None:
         raise Xen9pError("--limit says nothing without --on", "add --on")
     about = "Share what the exports of xen9p have in common"
     timer = timers.Timer("xen9p-dedup", args.unit_dir, "xen9p dedup schedule", about)

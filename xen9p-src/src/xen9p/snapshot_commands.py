@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
-import shlex
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +21,9 @@ from xen9p.policy import Policy
 from xen9p.snapshot import NOW, Keep, Snapshot, SnapshotError, Store
 
 ROOT_TAG = "root"
-SCHEDULED: Final = "scheduled"
-"""The reason of what a schedule made. It deletes no other ones."""
+SCHEDULED: Final = "schedule:"
+"""The reason of what a schedule made begins so; what it is for follows. It deletes no other ones."""
+_IN_A_UNIT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_SHOWN = 4  # ranges of a file
 
 
@@ -267,30 +268,41 @@ def _prune(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any
 
 def service(args: argparse.Namespace, keep: Keep) -> str:
     """What a schedule runs, with what rights, as a service of systemd has it: first a new one, then old ones go."""
-    policy_file = "" if args.policy == defaults.POLICY else f" --policy {shlex.quote(str(args.policy))}"
+    places = (("policy", args.policy, defaults.POLICY), ("runtime-dir", args.runtime_dir, defaults.RUNTIME))
+    where = "".join(f" --{name} {timers.word(path.absolute())}" for name, path, usual in places if path != usual)
     kept = " ".join(f"--keep-{span} {count}" for span, count in dataclasses.asdict(keep).items() if count)
-    command = f"{timers.program()} snapshot"
-    return f"""ExecStart={command} create {args.target} --reason {SCHEDULED}{policy_file}
-ExecStart={command} prune {args.target} --reason {SCHEDULED} {kept}{policy_file}
+    command, own = f"{timers.program()} snapshot", f"--reason {SCHEDULED}{args.target}"
+    return f"""ExecStart={command} create {args.target} {own}{where}
+ExecStart={command} prune {args.target} {own} {kept}{where}
 CapabilityBoundingSet=CAP_SYS_ADMIN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER
 """
 
 
 def _schedule(args: argparse.Namespace, rules: Policy) -> dict[str, Any]:
     keep = _keep(args)
-    if args.on and keep == Keep():
+    on = args.on is not None
+    if on and keep == Keep():
         raise SnapshotError("this would fill the store", "say what to keep, for instance --keep-hourly 24")
-    if not args.on and keep != Keep():
+    if not on and keep != Keep():
         raise SnapshotError("what is kept says nothing without --on", "add --on")
-    # It is a word in a unit, and part of its name.
-    snapshot.check_name(args.target)
-    if args.on:
+    if not _IN_A_UNIT.fullmatch(args.target):
+        raise SnapshotError(
+            f"{args.target!r:.80} cannot have a schedule: its name would be part of a unit's",
+            "take one with letters, digits, '.', '_' and '-' only",
+        )
+    if on:
         Target(args.target, rules, _running(args.runtime_dir))
-    name = f"xen9p-snapshot-{args.target}"
-    timer = timers.Timer(name, args.unit_dir, "xen9p snapshot schedule", f"Snapshots of {args.target}")
-    said = timer.change(args.on, args.off, service(args, keep))
+    timer = timers.Timer(
+        f"xen9p-snapshot-{args.target}",
+        args.unit_dir,
+        "xen9p snapshot schedule",
+        f"Snapshots of {args.target}",
+        slack="AccuracySec=1s",
+        policy=args.policy.absolute(),
+    )
+    said = timer.change(args.on, args.off, service(args, keep) if on else "")
     _say(args, said)
-    return {"said": said}
+    return {"changed": (on or args.off) and not said.endswith("as before"), "said": said}
 
 
 def _clone(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any]:

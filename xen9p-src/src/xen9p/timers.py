@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -14,7 +15,19 @@ from xen9p.errors import Xen9pError
 
 def program() -> str:
     """The xen9p command, as a service starts it."""
-    return shutil.which("xen9p") or "/usr/local/bin/xen9p"
+    return word(shutil.which("xen9p") or "/usr/local/bin/xen9p")
+
+
+def word(text: str | Path) -> str:
+    """A word of a command as a unit has it (systemd.service(5), "Command lines"). Xen9pError: no unit can have it."""
+    plain = str(text)
+    if re.fullmatch(r"[A-Za-z0-9_@:.,/=+-]+", plain):
+        return plain
+    if not plain.isprintable():
+        raise Xen9pError(f"{plain!r} cannot be in a unit of systemd", "choose a name without control characters")
+    for mark, stands_for in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
+        plain = plain.replace(mark, stands_for)
+    return f'"{plain}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +39,23 @@ class Timer:
         folder: where systemd finds them; if it is not defaults.UNITS, systemd is told nothing.
         command: the command that sets it up, for messages: `xen9p dedup schedule`.
         about: what it does, in a line.
+        slack: how exactly it keeps the time, in [Timer].
+        policy: without this file it does nothing.
     """
 
     name: str
     folder: Path
     command: str
     about: str
+    slack: str = "RandomizedDelaySec=10min"
+    policy: Path = defaults.POLICY
 
     def units(self, when: str, service: str) -> dict[str, str]:
         """The files, by name. *service* is what the service has in [Service] but for its type."""
         head = f"# Written by {self.command}: changes are lost.\n[Unit]\nDescription="
         return {
             f"{self.name}.service": f"""{head}{self.about}
-ConditionPathExists={defaults.POLICY}
+ConditionPathExists={str(self.policy).replace("%", "%%")}
 
 [Service]
 Type=oneshot
@@ -54,7 +71,7 @@ MemoryMax=512M
 
 [Timer]
 OnCalendar={when}
-RandomizedDelaySec=10min
+{self.slack}
 Persistent=yes
 
 [Install]
@@ -64,17 +81,19 @@ WantedBy=timers.target
 
     def change(self, on: str | None, off: bool, service: str) -> str:
         """What the options of options.schedule() ask for: start(), stop(), or say() if there are none. Xen9pError."""
-        if on and off:
+        if on is not None and off:
             raise Xen9pError("--on and --off contradict each other", "choose one of them")
-        if on:
+        if on is not None:
             return self.start(on, service)
         return self.stop() if off else self.say()
 
     def say(self) -> str:
         """What is set up, in a line."""
-        timer = self.folder / f"{self.name}.timer"
-        when = [line for line in _text(timer).splitlines() if line.startswith("OnCalendar=")]
-        return f"runs at {when[0].partition('=')[2]} ({timer})" if when else "does not run by itself (see --on)"
+        timer, service = (self.folder / f"{self.name}.{kind}" for kind in ("timer", "service"))
+        when = _settings(timer, "OnCalendar")
+        if not when:
+            return "does not run by itself (see --on)"
+        return f"runs at {when[0]} ({timer}): {'; '.join(_settings(service, 'ExecStart'))}"
 
     def start(self, when: str, service: str) -> str:
         """Sets it up; a line about that.
@@ -129,8 +148,12 @@ def _text(path: Path) -> str:
         return ""
 
 
+def _settings(path: Path, key: str) -> list[str]:
+    return [line.partition("=")[2] for line in _text(path).splitlines() if line.startswith(f"{key}=")]
+
+
 def _check(when: str) -> None:
-    if "\n" in when:
+    if not when.strip() or "\n" in when:
         raise Xen9pError(f"{when!r} is no time", "see: man systemd.time")
     with contextlib.suppress(FileNotFoundError):
         done = subprocess.run(

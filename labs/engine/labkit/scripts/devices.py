@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 CONTROL, VERB, *WORDS = sys.argv[1:]
 PAUSE = 0.25  # seconds between two looks
-PATIENCE = 20.0  # seconds
+PATIENCE = 30.0  # seconds, for each of two steps
+SILENT = "xen9pd does not answer: systemctl status xen9pd"
 
 
 def fail(why: str) -> NoReturn:
@@ -48,8 +49,9 @@ def detach(part: str, guests: list[str]) -> None:
     found = [device for device in devices(guests) if (device["path"] + "/").startswith(part + "/")]
     answers = ask([{"do": "detach", "guest": device["guest"], "tag": device["tag"]} for device in found])
     for device, answer in zip(found, answers, strict=True):
-        if not answer["ok"]:
-            fail(f"{device['guest']} does not let go of {device['tag']}: unmount it there, see xen9p status")
+        # Somebody else may have taken it away meanwhile, or the guest has ended.
+        if not answer["ok"] and not any(gone in answer["error"] for gone in ("has no tag", "is running")):
+            fail(f"{device['guest']} keeps {device['tag']}: {answer['error']}")
 
 
 def refused(wanted: list[list[str]]) -> list[tuple[list[str], str]]:
@@ -58,10 +60,14 @@ def refused(wanted: list[list[str]]) -> list[tuple[list[str], str]]:
         {"do": "attach", "guest": guest, "export": export, "tag": tag, "readonly": False}
         for guest, export, tag, _ in wanted
     ]
+    try:
+        answers = ask(requests)
+    except (OSError, ValueError):  # it is being started anew, or talks to too many at once
+        return [(each, SILENT) for each in wanted]
     # What a rule attaches by itself may be there already.
     return [
         (each, answer["error"])
-        for each, answer in zip(wanted, ask(requests), strict=True)
+        for each, answer in zip(wanted, answers, strict=True)
         if not answer["ok"] and "has tag" not in answer["error"]
     ]
 
@@ -75,10 +81,11 @@ def attach(wanted: list[list[str]]) -> None:
         if "is running" in error:
             fail(f"{guest} does not run: xl create /etc/xen/{guest}.cfg")
         if time.monotonic() > end:
-            fail(f"{guest} does not get {export} within {PATIENCE:g} s: {error}")
+            fail(error if error == SILENT else f"{guest} does not get {export} within {PATIENCE:g} s: {error}")
         time.sleep(PAUSE)
     kernels = {(guest, tag) for guest, _, tag, frontend in wanted if frontend == "kernel"}
     names = sorted({guest for guest, _ in kernels})
+    end = time.monotonic() + PATIENCE
     while missing := kernels - {(d["guest"], d["tag"]) for d in devices(names) if d["state"] == "connected"}:
         if time.monotonic() > end:
             those = ", ".join(f"{guest} {tag}" for guest, tag in sorted(missing))
@@ -100,4 +107,4 @@ def main() -> None:
 try:
     main()
 except (OSError, ValueError):
-    fail("xen9pd does not answer: systemctl status xen9pd")
+    fail(SILENT)

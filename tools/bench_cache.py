@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "xen9p-src" / "src"))
 
 import bench_store
-from bench_store import BenchError, bars_chart, run
+from bench_store import MIB, BenchError, bars_chart, run
 from xen9p import page_cache
 from xen9p.cache_policy import Context
 from xen9p.cache_runner import CacheRunner, Memory
@@ -40,7 +40,6 @@ from xen9p.server import serve
 from xen9p.transport.memory import MemoryRing, MemoryRingTransport
 
 ROOT = Path(__file__).resolve().parents[1]
-MIB = 1 << 20
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 V1, V2 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cgroup.controllers")
 BOOTS = {

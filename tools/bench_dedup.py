@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_store
-from bench_store import MIB, BenchError, bars_chart, mounted, read_from, run, used
+from bench_store import MIB, BenchError, bars_chart, mib, mounted, read_from, run, used
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = {
@@ -285,11 +285,6 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
             {"text": f"reads at most a tenth of what {SIDES['files']} does", "value": part, "held": part <= 0.1}
         )
     return said
-
-
-def mib(count: int) -> str:
-    """Bytes as MiB."""
-    return f"{count / MIB:,.1f}"
 
 
 def page(run_: dict[str, Any]) -> str:

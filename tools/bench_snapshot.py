@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -27,8 +28,8 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "xen9p-src" / "src"))
 
 import bench_store
-from bench_store import MIB, BenchError, bars_chart, drop_caches, mounted, read_from, run, used
-from xen9p import restore, subvolumes
+from bench_store import MIB, BenchError, bars_chart, drop_caches, mib, mounted, read_from, run, used
+from xen9p import subvolumes
 from xen9p.client import Client
 from xen9p.dataplane import DataPlane
 from xen9p.errors import Xen9pError
@@ -43,11 +44,11 @@ WAYS = {
     "frozen": "image: the guest freezes it, reflink",
     "unasked": "image: reflink, the guest is not asked",
 }
+PROGRAM = [sys.executable, "-c", "import sys; from xen9p.cli import main; sys.exit(main())", "snapshot"]
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 FIFREEZE: Final = 0xC0045877
 FITHAW: Final = 0xC0045878
-FICLONE: Final = 0x40049409
-"""Of ioctl_fificlone(2) and linux/fs.h."""
+"""Of linux/fs.h: what fsfreeze(8) does."""
 BEAT: Final = 0.001
 """Seconds between two writes."""
 AROUND: Final = 0.3
@@ -65,25 +66,27 @@ Write = Callable[[bytes], None]
 class Writer(threading.Thread):
     """Writes a number into a file again and again, and notes how long each write took."""
 
-    def __init__(self, write: Write) -> None:
+    def __init__(self, write: Write, before: int = 0) -> None:
+        """*before*: the last number that was written earlier; it goes on from there."""
         super().__init__(daemon=True)
         self._write = write
+        self._before = before
         self._over = threading.Event()
         self._failed: OSError | Xen9pError | None = None
         self._times: list[tuple[float, float]] = []
         self.start()
 
     @property
-    def finished(self) -> int:
-        """How many writes have returned."""
-        return len(self._times)
+    def last(self) -> int:
+        """The number that was written last, by a write that has returned."""
+        return self._before + len(self._times)
 
     def run(self) -> None:
         """Until end()."""
         try:
             while not self._over.wait(BEAT):
                 began = time.monotonic()
-                self._write(b"%016d" % (self.finished + 1) + bytes(4080))
+                self._write(b"%016d" % (self.last + 1) + bytes(4080))
                 self._times.append((began, time.monotonic() - began))
         except (OSError, Xen9pError) as error:
             self._failed = error
@@ -122,6 +125,8 @@ class Export:
             try:
                 self._boss.close()
                 self._serve(theirs)
+            except (OSError, Xen9pError) as error:
+                print(f"bench_snapshot: the server: {error}", file=sys.stderr)
             finally:
                 os._exit(0)
         theirs.close()
@@ -146,7 +151,9 @@ class Export:
 
     def _ask(self, order: bytes) -> int:
         self._boss.send(order)
-        return int(self._boss.recv(16))
+        if not (answer := self._boss.recv(16)):
+            raise BenchError("the server has ended")
+        return int(answer)
 
     @contextmanager
     def still(self, _paths: Sequence[Path]) -> Iterator[Export]:
@@ -186,19 +193,21 @@ class Image:
 
     def take(self, target: Path, *, frozen: bool) -> None:
         """A reflink of the image."""
-        top = os.open(self.point, FOLDER)
+        top, beside = os.open(self.point, FOLDER), os.open(target.parent, FOLDER)
         source = os.open(self.image, os.O_RDONLY)
         made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             if frozen:
                 fcntl.ioctl(top, FIFREEZE, 0)
             try:
-                fcntl.ioctl(made, FICLONE, source)
+                subvolumes.reflink(source, made)
             finally:
                 if frozen:
                     fcntl.ioctl(top, FITHAW, 0)
+            for fd in (made, beside):  # as a snapshot of ours, it is there after a crash
+                os.fsync(fd)
         finally:
-            for fd in (made, source, top):
+            for fd in (made, source, beside, top):
                 os.close(fd)
 
     def write(self, data: bytes) -> None:
@@ -246,6 +255,16 @@ class Bench:
         stack.callback(self.export.close)
         self.exports = {"export": tree}
         self.store = Store.of(self.exports)
+        self.policy = folder / "policy.toml"
+        self.policy.write_text(f'version = 1\n[exports.export]\npath = "{tree}"\n')
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT / "xen9p-src" / "src")}
+        self._written = {"export": 0, "image": 0}
+
+    def _xen9p(self, verb: str, *words: str) -> dict[str, Any]:
+        """What `xen9p snapshot` says; the process that serves here is no device of a supervisor."""
+        places = ("--policy", self.policy, "--runtime-dir", self.folder, "--json")
+        said: dict[str, Any] = json.loads(run(*PROGRAM, verb, "export", *words, *places, env=self.env))
+        return said
 
     def _image_of(self, name: str) -> Path:
         return self.point / f"{name}.ext4"
@@ -266,10 +285,10 @@ class Bench:
     @contextmanager
     def _opened(self, name: str) -> Iterator[Path]:
         """An image's snapshot as a tree: of a copy, as its journal has to be replayed first."""
-        copy = self.point / "look.ext4"
+        copy = self._image_of(f"{name}-look")
         run("cp", "--reflink=always", self._image_of(name), copy)
         try:
-            point = self.folder / "look"
+            point = self.folder / f"look-{name}"
             with mounted(copy, point):
                 yield point
         finally:
@@ -277,16 +296,19 @@ class Bench:
 
     def take(self, way: str, name: str) -> dict[str, float]:
         """Takes a snapshot while somebody writes."""
-        writer = Writer(self.export.write if way == "ours" else self.image.write)
+        kind, side = ("export", self.export) if way == "ours" else ("image", self.image)
+        os.sync()  # what the round before has left to write
+        writer = Writer(side.write, self._written[kind])
         try:
             time.sleep(AROUND)
-            done = writer.finished
+            done = writer.last
             began = time.monotonic()
             self._take(way, name)
             ended = time.monotonic()
             time.sleep(AROUND)
         finally:
             writes = writer.end()
+        self._written[kind] = writer.last
         return {
             "seconds": ended - began,
             "pause": pause(writes, began, ended),
@@ -323,57 +345,50 @@ class Bench:
         return found, time.monotonic() - began, read_from(self.loop) - before
 
     def _ours(self, name: str, changed: Sequence[str]) -> dict[str, Any]:
-        tree = self.exports["export"]
-        found, seconds, read = self._timed(lambda: self.store.diff("export", tree, name))
-        named = {os.fsdecode(change.path) for change in found} - {COUNTER}
-        self._whole("xen9p snapshot diff", named, changed)
-
-        def back() -> None:
-            one = changed[0]
-            restore.restore(self.store, "export", tree, name, one.encode(), runtime=self.folder)
-            self._same((self.store.get("export", name).path / one).read_bytes(), (tree / one).read_bytes())
-
-        _, restored, _ = self._timed(back)
-        bytes_named = sum(length for change in found for _, length in change.ranges)
+        said, seconds, read = self._timed(lambda: self._xen9p("diff", name))
+        found = {change["path"]: change for change in said["exports"]["export"]}
+        self._whole("xen9p snapshot diff", set(found) - {COUNTER}, changed)
+        _, restored, _ = self._timed(lambda: self._xen9p("restore", name, changed[0]))
+        old, new = self.store.get("export", name).path, self.exports["export"]
+        self._same(old / changed[0], new / changed[0])
         return {
             "diff": seconds,
             "diff_read": read,
-            "named": len(named),
-            "bytes_named": bytes_named,
+            "named": len(changed),
+            "bytes_named": sum(length for path in changed for _, length in found[path]["ranges"]),
             "restored": restored,
         }
 
     def _images(self, name: str, changed: Sequence[str]) -> dict[str, Any]:
-        now = self.point / "now.ext4"
-        self.image.take(now, frozen=True)
-        blocks, seconds, read = self._timed(lambda: blocks_apart(self._image_of(name), now))
+        now = "now"
+
+        def places() -> int:
+            self.image.take(self._image_of(now), frozen=True)
+            return blocks_apart(self._image_of(name), self._image_of(now))
 
         def compare() -> set[str]:
-            with self._opened(name) as before:
-                return {
-                    path
-                    for path in self.names
-                    if (before / path).read_bytes() != (self.image.point / path).read_bytes()
-                }
-
-        named, whole, whole_read = self._timed(compare)
-        self._whole("comparing all files", named, changed)
+            self.image.take(self._image_of(now), frozen=True)
+            with self._opened(name) as before, self._opened(now) as after:
+                return differing(before, after)
 
         def back() -> None:
-            one = changed[0]
             with self._opened(name) as before:
-                shutil.copy2(before / one, self.image.point / one)
-                self._same((before / one).read_bytes(), (self.image.point / one).read_bytes())
+                shutil.copy2(before / changed[0], self.image.point / changed[0])
+                self._same(before / changed[0], self.image.point / changed[0])
 
+        blocks, seconds, read = self._timed(places)
+        self._image_of(now).unlink()
+        named, whole, whole_read = self._timed(compare)
+        self._image_of(now).unlink()
+        self._whole("comparing all files", named - {COUNTER}, changed)
         _, restored, _ = self._timed(back)
-        now.unlink()
         return {
             "blocks": seconds,
             "blocks_read": read,
             "bytes_apart": blocks,
             "diff": whole,
             "diff_read": whole_read,
-            "named": len(named),
+            "named": len(changed),
             "restored": restored,
         }
 
@@ -383,9 +398,20 @@ class Bench:
             raise BenchError(f"{what} names {len(named)} files, {len(changed)} have changed")
 
     @staticmethod
-    def _same(one: bytes, other: bytes) -> None:
-        if one != other:
+    def _same(one: Path, other: Path) -> None:
+        if one.read_bytes() != other.read_bytes():
             raise BenchError("what was brought back is not what was there")
+
+
+def differing(one: Path, other: Path) -> set[str]:
+    """The files that two trees do not share: by name, owner, mode, size, and every byte."""
+
+    def look(path: Path) -> tuple[int, int, int, bytes]:
+        there = path.lstat()
+        return there.st_mode, there.st_uid, there.st_gid, path.read_bytes()
+
+    names = [{str(p.relative_to(tree)) for p in tree.rglob("*") if p.is_file()} for tree in (one, other)]
+    return names[0] ^ names[1] | {name for name in names[0] & names[1] if look(one / name) != look(other / name)}
 
 
 def blocks_apart(one: Path, other: Path) -> int:
@@ -410,7 +436,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             taken: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
             for number in range(given.rounds):
                 print(f"    {count:,} files, round {number + 1} of {given.rounds}", flush=True)
-                for way in WAYS if number % 2 else reversed(WAYS):
+                ways = list(WAYS)
+                for way in ways[number % 3 :] + ways[: number % 3]:
                     taken[way].append(bench.take(way, f"{way}-{number}"))
             found["taken"][str(count)] = taken
             print(f"    {count:,} files, {given.changes} of them changed", flush=True)
@@ -442,11 +469,6 @@ def ms(values: tuple[float, float, float]) -> str:
     return f"{median:.1f} ({low:.1f} to {high:.1f})"
 
 
-def mib(count: float) -> str:
-    """Bytes as MiB."""
-    return f"{count / MIB:,.1f}"
-
-
 def page(run_: dict[str, Any]) -> str:
     """The page of the documentation, in Markdown."""
     sizes = run_["sizes"]
@@ -458,14 +480,15 @@ def page(run_: dict[str, Any]) -> str:
         f"Measured {run_['date']} on a btrfs in a file, without Xen; Linux {run_['kernel']},",
         f"{run_['processors']} processors. The same files are in an export, served over a ring in memory, and in an",
         "ext4 image on the same btrfs, whose mount on this machine stands for a guest's. Somebody writes 4 KiB into",
-        f"a file every millisecond, while {sizes['rounds']} snapshots are taken of each, in turns. The start of",
-        "commands is not in the times.",
+        f"a file every millisecond, while {sizes['rounds']} snapshots are taken of each, in turns, until they are on",
+        "the disk. How long it takes to ask a supervisor, and it the workers, is not in these times.",
         "",
         "![Milliseconds of a snapshot](snapshot.svg)",
         "",
         "*Slowest write*: what the slowest write that met the snapshot took more than the median of all.",
-        "*Missing*: writes that had returned before it was begun and are not in it, the most of all rounds.",
-        "Median, and the range.",
+        "*Missing*: writes that had returned before it was begun and are not in it, the most of all rounds. By then",
+        f"somebody has written for {AROUND:g} s; a guest that has done so for longer can miss more. Median, and the",
+        "range.",
         "",
         "| files | | taken in, ms | slowest write, ms | missing |",
         "| ---: | --- | ---: | ---: | ---: |",
@@ -479,7 +502,8 @@ def page(run_: dict[str, Any]) -> str:
         f"## What one knows, after {sizes['changes']} files have changed",
         "",
         f"100 bytes are written into each of {sizes['changes']} files. *Room*: what the store has in use more than",
-        "before the snapshot. Times and what is read are from empty caches on.",
+        "before the snapshot. Times are from the start of a command to its end and from empty caches on; what has to",
+        "be mounted for it, and a snapshot of what is there now, are in them.",
         "",
         "| files | | room, MiB | what changed is known in, s | read, MiB | what is known | one file is back in, s |",
         "| ---: | --- | ---: | ---: | ---: | --- | ---: |",
@@ -529,7 +553,7 @@ def main() -> int:
     parser.add_argument(
         "--files", type=int, nargs="+", default=[1000, 10_000, 100_000], metavar="N", help="default: 1000 10000 100000"
     )
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: %(default)s")
     parser.add_argument("--changes", type=int, default=100, metavar="N", help="files; default: %(default)s")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where the store is while it runs; some GiB, sparse")
     parser.add_argument("--results", type=Path, default=ROOT / ".lab/snapshot.json", metavar="FILE.json")

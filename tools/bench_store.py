@@ -72,6 +72,11 @@ def used(point: Path) -> int:
     return (there.f_blocks - there.f_bfree) * there.f_frsize
 
 
+def mib(count: float) -> str:
+    """Bytes as MiB."""
+    return f"{count / MIB:,.1f}"
+
+
 def drop_caches() -> None:
     """Empty the page cache, when all is on the disk."""
     os.sync()

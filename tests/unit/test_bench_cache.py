@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import bench_cache
+import bench_store
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = [sys.executable, str(ROOT / "tools" / "bench_cache.py")]
-MIB = bench_cache.MIB
+MIB = bench_store.MIB
 
 
 def boots(**seconds: float) -> dict[str, list[dict[str, Any]]]:

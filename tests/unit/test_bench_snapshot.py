@@ -71,11 +71,11 @@ def test_a_pause_is_of_the_writes_that_met_the_snapshot() -> None:
 
 def test_who_writes_counts_and_says_when_it_cannot() -> None:
     written: list[bytes] = []
-    writer = bench_snapshot.Writer(written.append)
-    while writer.finished < 3:
+    writer = bench_snapshot.Writer(written.append, 7)
+    while writer.last < 10:
         time.sleep(0.01)
-    assert len(writer.end()) == len(written)
-    assert [int(data[:16]) for data in written] == list(range(1, len(written) + 1))
+    assert len(writer.end()) == len(written) == writer.last - 7
+    assert [int(data[:16]) for data in written] == list(range(8, writer.last + 1))
 
     def refuse(_: bytes) -> None:
         raise OSError("the disk is full")
@@ -84,6 +84,19 @@ def test_who_writes_counts_and_says_when_it_cannot() -> None:
     writer.join(5)
     with pytest.raises(bench_store.BenchError, match="the disk is full"):
         writer.end()
+
+
+def test_trees_differ_by_name_mode_and_byte(tmp_path: Path) -> None:
+    for tree in ("one", "other"):
+        (tmp_path / tree / "d").mkdir(parents=True)
+        for name in ("same", "d/byte", "mode"):
+            (tmp_path / tree / name).write_text("text")
+    (tmp_path / "other/d/byte").write_text("test")
+    (tmp_path / "other/mode").chmod(0o600)
+    (tmp_path / "one/gone").touch()
+    (tmp_path / "other/new").touch()
+    found = bench_snapshot.differing(tmp_path / "one", tmp_path / "other")
+    assert found == {"d/byte", "mode", "gone", "new"}
 
 
 @pytest.mark.parametrize("words", [["--rounds", "0"], ["--changes", "0"], ["--files", "10", "--changes", "11"]])
@@ -95,15 +108,15 @@ def test_bad_input_is_one_line(words: list[str]) -> None:
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")
 def test_a_small_run(tmp_path: Path) -> None:
-    sizes = ["--files", "120", "--rounds", "1", "--changes", "5"]
+    sizes = ["--files", "120", "--rounds", "2", "--changes", "5"]
     places = ["--results", str(tmp_path / "r.json"), "--docs", str(tmp_path / "docs"), "--folder", str(tmp_path)]
     done = subprocess.run([*TOOL, *sizes, *places], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "r.json").read_text())
-    assert {way: len(rows) for way, rows in found["taken"]["120"].items()} == dict.fromkeys(bench_snapshot.WAYS, 1)
-    assert found["taken"]["120"]["ours"][0]["missing"] == 0
-    assert found["taken"]["120"]["frozen"][0]["missing"] == 0
-    assert found["taken"]["120"]["unasked"][0]["missing"] > 0, "what a guest has in memory is not on its disk"
+    assert {way: len(rows) for way, rows in found["taken"]["120"].items()} == dict.fromkeys(bench_snapshot.WAYS, 2)
+    missing = {way: [row["missing"] for row in rows] for way, rows in found["taken"]["120"].items()}
+    assert missing["ours"] == missing["frozen"] == [0, 0]
+    assert min(missing["unasked"]) > 0, "what a guest has in memory is not on its disk"
     ours, image = (found["afterwards"]["120"][way] for way in ("ours", "frozen"))
     assert (ours["named"], ours["bytes_named"], image["named"]) == (5, 500, 5)
     assert image["bytes_apart"] >= 5 * 4096

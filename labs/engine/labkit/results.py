@@ -168,10 +168,12 @@ def moodle(all_results: Sequence[Results], title: str) -> str:
 
 def canvas(all_results: Sequence[Results], title: str) -> str:
     """A lab's grades for the import of Canvas' gradebook, with the row of points possible."""
-    rows = [["Student", "ID", "SIS User ID", "SIS Login ID", "Section", title]]
-    rows.append(["    Points Possible", "", "", "", "", "100"])
+    rows: list[list[str]] = [
+        ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", title],
+        ["    Points Possible", "", "", "", "", "100"],
+    ]
     for r in graded(all_results):
-        rows.append([r.get("full_name", r["student"]), "", r.get("id", ""), r["student"], "", f"{r['score']:g}"])
+        rows.append([r.get("full_name") or r["student"], "", r.get("id", ""), r["student"], "", f"{r['score']:g}"])
     return _csv(rows)
 
 

@@ -1,6 +1,7 @@
 """Measure what a request costs as open fids, entries of a directory and idle devices grow, on rings in memory.
 
-No Xen is needed; the built data plane and root (for many descriptors) are. Each point is a server in a process of its
+No Xen is needed; the built data plane and root (for many descriptors) are; playbooks/bench-scaling.yml runs it in dom0,
+where 100,000 files may be open. Each point is a server in a process of its
 own that another process asks; the points take turns, round by round. Writes .lab/scaling.json, and with --docs the page
 and the charts of the documentation.
 """
@@ -298,6 +299,12 @@ def allow_files(wanted: int) -> int:
     return min(need, hard) - 2 * SPARE_FDS
 
 
+def place() -> str:
+    """Where this runs, in words (/sys/hypervisor: Documentation/ABI/stable/sysfs-hypervisor-xen)."""
+    kind = Path("/sys/hypervisor/type")
+    return "in dom0 of a Xen host" if kind.exists() and kind.read_text().strip() == "xen" else "without Xen"
+
+
 def points_of(run: dict[str, Any], scale: str) -> dict[str, dict[int, bench_stats.Spread]]:
     """Operation -> size -> spread of microseconds."""
     found: dict[str, dict[int, list[float]]] = {}
@@ -313,7 +320,7 @@ def page(run: dict[str, Any]) -> str:
         "",
         "<!-- Written by tools/bench_scaling.py (`make bench-scaling`): changes are lost. -->",
         "",
-        f"Measured {run['date']} on rings in memory, without Xen; Linux {run['kernel']}, {run['processors']}",
+        f"Measured {run['date']} on rings in memory, {run['where']}; Linux {run['kernel']}, {run['processors']}",
         f"processors. Microseconds of a request with {WINDOW} under way, the client's own work (in Python) included:",
         f"the median of {run['rounds']} rounds of {BURST * WINDOW} requests, and the middle half of the rounds.",
     ]
@@ -365,6 +372,16 @@ def charts(run: dict[str, Any]) -> dict[str, str]:
     return drawn
 
 
+def say(run: dict[str, Any], docs: Path | None) -> None:
+    """Print how everything grows; with *docs* write the page and the charts."""
+    for scale, title in SCALES.items():
+        print(f"{title}:", *growth(points_of(run, scale)), sep="\n  ")
+    if docs:
+        docs.mkdir(parents=True, exist_ok=True)
+        for name, text in ({"scaling.md": page(run)} | charts(run)).items():
+            (docs / name).write_text(text)
+
+
 def main() -> int:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -372,7 +389,17 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=FIDS[-1], metavar="N", help="of fids and entries")
     parser.add_argument("--results", type=Path, default=ROOT / ".lab/scaling.json", metavar="FILE.json")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write the documentation's page and charts, too")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE.json", help="measure nothing: say what an earlier run has found"
+    )
     given = parser.parse_args()
+    if given.show:
+        try:
+            say(json.loads(given.show.read_text()), given.docs)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"bench_scaling: {given.show} is no result of bench_scaling: {error}", file=sys.stderr)
+            return 1
+        return 0
     if given.rounds < 1 or given.most < FIDS[0]:
         print(f"bench_scaling: --rounds is 1 or more, and --most {FIDS[0]} or more", file=sys.stderr)
         return 1
@@ -391,6 +418,7 @@ def main() -> int:
     worker.prepare_process()
     run: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "where": place(),
         "kernel": platform.release(),
         "processors": os.cpu_count(),
         "rounds": given.rounds,
@@ -407,13 +435,8 @@ def main() -> int:
     zygote.close()
     given.results.parent.mkdir(parents=True, exist_ok=True)
     given.results.write_text(json.dumps(run, indent=1) + "\n")
-    for scale, title in SCALES.items():
-        print(f"{title}:", *growth(points_of(run, scale)), sep="\n  ")
+    say(run, given.docs)
     print(f"all samples: {given.results}")
-    if given.docs:
-        given.docs.mkdir(parents=True, exist_ok=True)
-        for name, text in ({"scaling.md": page(run)} | charts(run)).items():
-            (given.docs / name).write_text(text)
     return 0
 
 

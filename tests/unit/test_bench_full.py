@@ -395,8 +395,14 @@ def test_a_run_without_samples_is_one_line(tmp_path: Path, full: dict[str, Any])
 # What grows.
 
 
-def test_scaling_page_and_charts_say_what_was_measured() -> None:
-    run: dict[str, Any] = {"date": "today", "kernel": "6.1", "processors": 2, "rounds": 2}
+def test_scaling_page_and_charts_say_what_was_measured(tmp_path: Path) -> None:
+    run: dict[str, Any] = {
+        "date": "today",
+        "where": "in dom0 of a Xen host",
+        "kernel": "6.1",
+        "processors": 2,
+        "rounds": 2,
+    }
     for scale in bench_scaling.SCALES:
         samples = [
             {"size": size, "operation": name, "round": number, "us": us + number}
@@ -408,6 +414,13 @@ def test_scaling_page_and_charts_say_what_was_measured() -> None:
     text = bench_scaling.page(run)
     assert "- Twalk and Tclunk: 2.00 times as long with 1,000 as with 10." in text
     assert "| 1,000 | 20.00 (19.75 to 20.25) |" in text
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    command = [sys.executable, str(ROOT / "tools/bench_scaling.py"), "--docs", str(tmp_path), "--show"]
+    assert subprocess.run([*command, str(tmp_path / "run.json")], check=False).returncode == 0
+    assert (tmp_path / "scaling.md").read_text() == text
+    (tmp_path / "run.json").write_text("{}")
+    done = subprocess.run([*command, str(tmp_path / "run.json")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     for drawing in bench_scaling.charts(run).values():
         assert len(list(ET.fromstring(drawing).iter(f"{SVG}polyline"))) == len(bench_scaling.OPERATIONS)
 

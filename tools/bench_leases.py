@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).resolve().parents[1] / "xen9p-src" / "src"
 COMMAND = [sys.executable, "-c", "import sys; from xen9p.cli import main; sys.exit(main())"]
@@ -53,8 +54,8 @@ def status(top: str, files: list[str]) -> int:
     return calls
 
 
-def measure(tops: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
-    """Return for each mount the median of a round in ms, and how many calls it was."""
+def measure(tops: dict[str, str], rounds: int) -> dict[str, dict[str, Any]]:
+    """Return for each mount what each round took in ms, the median of that, and how many calls it was."""
     files = {name: index(top) for name, top in tops.items()}
     taken: dict[str, list[float]] = {name: [] for name in tops}
     calls = 0
@@ -64,7 +65,7 @@ def measure(tops: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
             calls = status(top, files[name])
             if i:
                 taken[name].append((time.perf_counter() - began) * 1000)
-    return {name: {"ms": statistics.median(times), "calls": calls} for name, times in taken.items()}
+    return {name: {"ms": statistics.median(times), "calls": calls, "rounds": times} for name, times in taken.items()}
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def mounted(folder: Path) -> Iterator[dict[str, str]]:
         yield tops
 
 
-def report(found: dict[str, dict[str, float]], base: str) -> str:
+def report(found: dict[str, dict[str, Any]], base: str) -> str:
     """Return a line for each mount, with how many times as fast as the base it is."""
     return "\n".join(
         f"{name:10} {one['ms']:10.2f} ms {one['calls']:7.0f} calls {found[base]['ms'] / one['ms']:8.1f}x {base}"

@@ -5,15 +5,17 @@ Length by the environment: XEN9P_COHERENT seconds of reading and writing in turn
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from lab import MOUNT, Dom0, connect, scratch, wait_until
+from lab import MOUNT, STATE, Dom0, connect, scratch, wait_until
 
 SECONDS = float(os.environ.get("XEN9P_COHERENT", "10"))
 TAG, MNT = "user", "/mnt"
@@ -108,13 +110,20 @@ def test_loose_shows_what_was_and_none_does_not(dom0: Dom0) -> None:
 
 @pytest.mark.long
 def test_what_it_is_worth(dom0: Dom0, mounts: None) -> None:
-    """Printed and not asserted; the tree is dom0's, seen through v9fs with cache=none and through our mounts."""
+    """Printed and not asserted; the tree is dom0's, seen through v9fs with cache=none and through our mounts.
+
+    tools/leases_report.py makes a page of the lab's leases.json.
+    """
     g1 = connect("g1")
     g1.check_output(f"cat > /tmp/bench_leases.py <<'END'\n{TOOL.read_text()}\nEND")
     with scratch(g1, "/home/worth"):
         made = "--make /home/worth --folders 8 --files 12"
         g1.check_output(f"python3 /tmp/bench_leases.py {made} --rounds 1 v9fs=/home/worth")
-        print(g1.check_output(f"python3 /tmp/bench_leases.py --rounds 3 v9fs=/home/worth coherent={MNT}/worth"))
+        sides = f"v9fs=/home/worth coherent={MNT}/worth"
+        found = json.loads(g1.check_output(f"python3 /tmp/bench_leases.py --json --rounds 7 {sides}"))
+        about = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "kernel": g1.check_output("uname -r")}
+        (STATE / "leases.json").write_text(json.dumps({**about, "mounts": found}, indent=1))
+        print({name: (one["ms"], one["calls"]) for name, one in found.items()})
         g1.check_output(f"umount {MNT} && xen9p mount --cache none {TAG} {MNT}")
         try:
             print(g1.check_output(f"python3 /tmp/bench_leases.py --rounds 3 none={MNT}/worth"))

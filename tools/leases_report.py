@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench_stats import spread
+from bench_stats import ReportError, spread
 from bench_store import bars_chart
 
 LEAST = 5
@@ -73,7 +73,7 @@ def main() -> int:
         texts = {"leases.md": page(found), "leases.svg": chart(found)}
     except OSError as error:
         parser.exit(1, f"leases_report: {error}: run tests/lab/test_coherent.py on a lab first\n")
-    except (LookupError, TypeError, AttributeError, ValueError):
+    except (LookupError, TypeError, AttributeError, ValueError, ReportError):
         what = f"{given.found} is not what tests/lab/test_coherent.py writes: run it again"
         parser.exit(1, f"leases_report: {what}\n")
     for name, text in texts.items():

@@ -53,7 +53,7 @@ def _problems(arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Iterato
             f"the inventory has no host in group {group!r}: name a file or directory with -i that has one, "
             "see inventory/classroom/ for an example"
         )
-    roles = variables.declared(Path(arguments["roles_dir"]))
+    roles = {**variables.declared(Path(arguments["roles_dir"])), **variables.PLAYBOOKS}
     hosts = sorted({*groups.get("all", []), str(given.get("inventory_hostname", ""))} - {""})
     names: set[str] = set(given)
     for host in hosts:

@@ -164,3 +164,12 @@ def test_drawings_share_one_style() -> None:
         style = re.search(r"<style>(.*?)</style>", path.read_text(), re.S)
         assert style, path.name
         assert {line.strip() for line in style[1].splitlines() if ".d-" in line} == wanted, path.name
+
+
+def test_every_metric_is_in_the_documentations_table() -> None:
+    text = (ROOT / "docs/observability.md").read_text()
+    named = set(re.findall(r"`(xen9p_[a-z_]+)`", text))
+    source = (ROOT / "xen9p-src/src/xen9p/metrics.py").read_text()
+    plain = re.findall(r'^ {4}(?:\("|\(\n {8}")([a-z_]+)", ?\n? *"(?:counter|gauge)"', source, re.M)
+    assert len(plain) > 20
+    assert {f"xen9p_{name}" for name in plain} <= named

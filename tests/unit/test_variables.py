@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ def test_every_default_of_every_role_is_declared() -> None:
         defaults = set(yaml.safe_load(path.read_text()) or {})
         assert defaults <= set(roles[role]), f"{role}: not in meta/argument_specs.yml"
         assert all(name.startswith(f"{role}_") for name in defaults), f"{role}: a default without the role's prefix"
+
+
+def test_every_variable_of_the_playbooks_is_known() -> None:
+    known = {name for options in variables.PLAYBOOKS.values() for name in options}
+    used = re.compile(rf"\b(?:{'|'.join(variables.PLAYBOOKS)})_[a-z]+\b")
+    found = {name for path in REPOSITORY.glob("playbooks/*.yml") for name in used.findall(path.read_text())}
+    assert found == known
+    (line,) = variables.unknown(["snapshot_path"], variables.PLAYBOOKS)
+    assert line == "unknown variable 'snapshot_path': did you mean 'snapshot_paths'?"
 
 
 def test_every_variable_of_the_inventories_is_declared() -> None:

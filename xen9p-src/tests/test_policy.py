@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pwd
@@ -421,6 +422,7 @@ def test_a_rule_with_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert without.keys is None
     assert without.later(grant) == f"keys {keys}"
     assert grant.later(without) == "keys none"
+    assert without.later(dataclasses.replace(without, leases=2.5)) == "leases 2.5 s"
     both = policy.parse(rule + f'keys="{keys}"\nsnapshots=true\n').resolve("g1", UUID)
     assert [one.keys for one in both] == [keys, keys], "what is shown of the past wants the same key"
     assert cli.main(["policy", "explain", "g1", "--policy", str(path)]) == 0

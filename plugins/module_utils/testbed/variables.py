@@ -11,6 +11,30 @@ import yaml
 
 # How alike (0 to 1, difflib) a name without any role's prefix has to be to count as a slip of the pen.
 NEAR = 0.85
+# What playbooks have as variables of their own, by the prefix of their names, as argument_specs would say it.
+PLAYBOOKS: Mapping[str, Mapping[str, dict[str, Any]]] = {
+    "snapshot": {
+        **{f"snapshot_{name}": {"type": "str"} for name in ("target", "name", "state", "reason", "new")},
+        **{f"snapshot_{name}": {"type": "bool"} for name in ("online", "force")},
+        "snapshot_paths": {"type": "list", "elements": "str"},
+        "snapshot_keep": {"type": "dict"},
+    },
+    "cache": {
+        **{f"cache_{name}": {"type": "str"} for name in ("guest", "address", "device")},
+        **{f"cache_{name}": {"type": "int"} for name in ("rounds", "iops")},
+    },
+    "scaling": {
+        "scaling_rounds": {"type": "int"},
+        "scaling_publish": {"type": "bool"},
+        "scaling_results": {"type": "path"},
+    },
+    "translations": {
+        "translations_rounds": {"type": "int"},
+        "translations_publish": {"type": "bool"},
+        "translations_sides": {"type": "raw"},
+        "translations_workloads": {"type": "raw"},
+    },
+}
 # What Ansible itself gives each host.
 MAGIC = frozenset(
     {

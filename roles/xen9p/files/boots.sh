@@ -24,6 +24,9 @@ import json, sys
 print(json.dumps(next(d for d in json.load(sys.stdin)['devices'] if (d['guest'], d['tag']) == ('$guest', 'root'))))")"
 }
 
+# How many images' profiles there are.
+profiles() { { compgen -G '/var/lib/xen9p/cache/*.json' || true; } | wc -l; }
+
 cold() {
   sync
   echo 3 >/proc/sys/vm/drop_caches
@@ -35,12 +38,13 @@ if [[ -n $device ]]; then
 fi
 for ((round = 0; round < rounds; round++)); do
   stop
-  xen9p cache forget --all >/dev/null
+  xen9p cache forget "$guest-root" >/dev/null
+  before=$(profiles)
   cold
   boot first
   # Until its boot is learned.
   for ((n = 0; n < 200; n++)); do
-    compgen -G '/var/lib/xen9p/cache/*.json' >/dev/null && break
+    (($(profiles) > before)) && break
     sleep 1
   done
   stop

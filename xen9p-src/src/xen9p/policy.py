@@ -206,6 +206,7 @@ class Grant:
                 ("access", *("ro" if g.readonly else "rw" for g in (self, now))),
                 ("frontend", self.frontend, now.frontend),
                 ("keys", *(g.keys or "none" for g in (self, now))),
+                ("leases", *(f"{g.leases:g} s" for g in (self, now))),
             )
             if here != there
         ]

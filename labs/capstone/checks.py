@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from labkit.errors import CouldNotLookError
-from labkit.look import Look, Verdict, compare, failed, parse_metrics, partial, parts, passed
+from labkit.look import Look, Verdict, compare, failed, partial, parts, passed
 
 GUESTS = ("guest", "guest2")
-TAGS = ("build", "build-user")
 ROUNDS = 2
+UNITS = 12
+LEAST = 20
+"""Seconds that a build has at least; it has 4 times as long as its rival."""
 OBJECT = 68
 """Bytes of an object, a line of sha256sum(1)."""
 STEPS = {"requests": (4.5, 9.0), "read": (1.2, 3.0), "written": (0.1, 0.3), "time": (1.5, 3.0)}
@@ -61,7 +63,7 @@ cat out/*.o > out/app
 sync -f .; {stat}"""
 MINE = """cd "$LAB_WORK" && {stat}
 {now}
-timeout 20 sh ./build /mnt/build {number} {count} >&2 < /dev/null
+timeout {limit} sh ./build /mnt/build {number} {count} >&2 < /dev/null
 code=$?
 {now}
 {stat}; exit $code"""
@@ -114,14 +116,26 @@ def predict(look: Look) -> Verdict:
 
 def twins(look: Look) -> Verdict:
     """Each guest has the tree on a disk of its own."""
-    wanted = look.out("host", 'cd "$part/tree" && cat include/common && ls src').encode()
-    script = "stat -f -c %T /mnt/disk; cd /mnt/disk && cat include/common && ls src"
+    # All of it counts: a larger twin would be an easier rival. A check changes the nonce and how a unit begins.
+    sizes = {"include/common": look.values["header"], "include/nonce": 33}
+    sizes |= {f"src/unit-{number:02}": look.values["unit"] for number in range(1, UNITS + 1)}
+    listed = [f"{name} {size}" for name, size in sorted(sizes.items())]
+    script = "LC_ALL=C; export LC_ALL; find include src -type f -printf '%p %s\\n' 2>/dev/null | sort; " + (
+        "for each in include/common src/*; do tail -c +33 $each | sha256sum; done 2>/dev/null"
+    )
+    wanted = look.out("host", f'cd "$part/tree" && {{ {script}; }}').splitlines()
+    if wanted[: len(listed)] != listed:
+        return failed("the sources with the sizes that they had at the start", "others: lab reset capstone")
+    mount = "awk '$2 == \"/mnt/disk\" { print $3, $4 }' /proc/mounts | tail -n 1"
     for place in GUESTS:
-        kind, _, there = look.out(place, script).partition("\n")
+        about, _, there = look.out(place, f"{mount}; cd /mnt/disk && {{ {script}; }}").partition("\n")
+        kind, _, options = about.partition(" ")
         if not kind.startswith("ext"):
             return failed("an ext4 at /mnt/disk in both guests", f"{kind or 'nothing'} in ${place}")
-        if there.encode() != wanted:
-            return failed("the same include/common and src in it", f"something else in ${place}")
+        if {"sync", "dirsync"} & set(options.split(",")):
+            return failed("it is mounted as mount(8) does by itself", f"{options} in ${place}")
+        if there.splitlines() != wanted:
+            return failed("the same include and src in it", f"something else in ${place}")
     return passed()
 
 
@@ -131,7 +145,7 @@ def race(look: Look) -> Verdict:
         if look.run(place, "grep -q ' /mnt/build ' /proc/mounts && [ -d /mnt/build/src ]").code != 0:
             return failed("the tree at /mnt/build in both guests", f"not in ${place}")
     mine, theirs = Work(), Work()
-    before = _metrics(look)
+    before = metrics(look)
     for _ in range(ROUNDS):
         theirs_said = _both(look, TWIN)
         theirs.count(theirs_said, writes=True)
@@ -139,13 +153,15 @@ def race(look: Look) -> Verdict:
         done = look.run("host", f"cd \"$part/tree\" && rm -rf out && mkdir out && python3 -I -c '{PREPARE}' .")
         if done.code != 0:
             raise CouldNotLookError(f"the sources cannot be changed: {done.said}", "lab reset capstone")
-        mine_said = _both(look, MINE)
+        limit = max(LEAST, round(4 * theirs.times[-1]))
+        mine_said = _both(look, MINE, limit)
         app = look.out("host", 'sha256sum < "$part/tree/out/app" 2>/dev/null')
         if app[:64] != done.out.strip():
-            return failed("out/app, made from the sources as they are now", "another one" if app else "none")
+            wish = f"out/app, made from the sources as they are now, in {limit} s"
+            return failed(wish, "another one" if app else "none")
         mine.count(mine_said, writes=False)  # who reads the disk instead has that counted, too
         mine.took(mine_said)
-    after = _metrics(look)
+    after = metrics(look)
     mine.requests += after["requests"] - before["requests"]
     mine.read += after["read_bytes"] - before["read_bytes"]
     mine.written += after["written_bytes"] - before["written_bytes"]
@@ -182,11 +198,13 @@ def score(mine: Work, theirs: Work) -> Verdict:
     return parts(verdicts)
 
 
-def _both(look: Look, script: str) -> list[str]:
+def _both(look: Look, script: str, limit: int = 0) -> list[str]:
     """A script in both guests at the same time; what each said."""
 
     def one(number: int) -> str:
-        text = script.format(stat=STAT, now=NOW, nonce=secrets.token_hex(16), number=number, count=len(GUESTS))
+        text = script.format(
+            stat=STAT, now=NOW, nonce=secrets.token_hex(16), number=number, count=len(GUESTS), limit=limit
+        )
         done = look.run(GUESTS[number - 1], text)
         if script is TWIN and done.code != 0:
             raise CouldNotLookError(
@@ -198,10 +216,7 @@ def _both(look: Look, script: str) -> list[str]:
         return list(pool.map(one, range(1, len(GUESTS) + 1)))
 
 
-def _metrics(look: Look) -> dict[str, float]:
-    """Counters of all devices of the tree together."""
-    done = look.run("host", "xen9p metrics")
-    if done.code != 0:
-        raise CouldNotLookError(f"xen9p metrics: {done.said}", "systemctl status xen9pd")
-    found = [parse_metrics(done.out, str(look.values[place]), tag) for place in GUESTS for tag in TAGS]
+def metrics(look: Look) -> dict[str, float]:
+    """Counters of all devices of both guests that lead into the student's part, together."""
+    found = [look.all_counters(place) for place in GUESTS]
     return {key: sum(one.get(key, 0) for one in found) for key in ("requests", "read_bytes", "written_bytes")}

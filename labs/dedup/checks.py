@@ -157,7 +157,20 @@ def improve(look: Look) -> Verdict:
 
 def _share(look: Look, equal: int) -> Verdict:
     """How much of the two installed trees is at one place after a run."""
-    done = look.run("host", 'xen9p dedup run "$export_one" "$export_two" --settle 0 --json')
+    # There is one run at a time on a host, and others may have begun theirs.
+    done = look.run(
+        "host",
+        """said="$LAB_WORK/.run"
+        for try in $(seq 30); do
+          xen9p dedup run "$export_one" "$export_two" --settle 0 --json 2>"$said"
+          code=$?
+          [ $code -ne 0 ] && grep -q 'another run' "$said" || break
+          sleep 1
+        done
+        cat "$said" >&2
+        rm -f "$said"
+        exit $code""",
+    )
     if done.code != 0:
         raise CouldNotLookError(f"xen9p dedup run: {done.said}", "does another run take place? xen9p dedup status")
     json.loads(done.out)

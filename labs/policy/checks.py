@@ -151,7 +151,9 @@ def auditor(look: Look) -> Verdict:
 def nobody(look: Look) -> Verdict:
     """The grants of the student's two guests are the ones that are wanted, and others have none."""
     first, second = look.system.name("guest"), look.system.name("guest2")
-    strangers = ("stranger", f"{first}0", f"{second}x", first.upper())
+    # Also those that a pattern for both guests would fit, and that are not there today.
+    likely = (f"{first}0", f"{second}x", f"x{first}", f"{first[:-1]}_", f"{first[:-1]}8")
+    strangers = ("stranger", first.upper(), *(name for name in likely if name not in (first, second)))
     found = gets(look, first, second, *strangers)
     wanted = {first: {"site", "drop", "audit"}, second: {"drop", "ledger"}}
     for name, grants in found.items():

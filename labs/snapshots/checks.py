@@ -36,8 +36,10 @@ def back(look: Look) -> Verdict:
     )
     was, now = found["was"].out.splitlines(), found["is"].out.splitlines()
     kept = END in found["diary"].out
-    if not kept and was == now:  # down to the number of the inode
-        return failed("sh disaster /mnt/keep, in the guest", "nothing has happened yet")
+    inode = [line for line in was if line.startswith("inode ")]
+    if inode and inode[0] in now:
+        found_so = "$victim is still the directory of the start" if kept else "nothing has happened yet"
+        return failed("sh disaster /mnt/keep, in the guest", found_so)
     if not found["early"].out.strip():
         return failed("a snapshot from before the disaster", "none has all that was there then")
     broken = str(look.values["broken"])
@@ -83,13 +85,17 @@ def changed(look: Look) -> Verdict:
 
 def half(look: Look) -> Verdict:
     """The snapshot half has less money than there is, and the student knows how much less."""
-    done = look.run("host", f"cd {SNAPSHOTS}/half/bank 2>/dev/null && head -qn 1 a b")
+    done = look.run("host", f"cd {SNAPSHOTS}/half/bank 2>/dev/null && head -qn 1 a b | grep -v '^$'")
     if done.code != 0:
         return failed("a snapshot of the export, half", "none")
     total = int(look.values["first"]) + int(look.values["second"])
-    there = sum(int(line) for line in done.out.split())
+    accounts = [int(line) for line in done.out.split() if line.isdigit()]
+    there = sum(accounts)
     if there == total:
         return failed("a snapshot in which money is missing", "there it is all there: delete it and try again")
+    # Between taking and giving one step is missing; while a file is being written anew it is empty.
+    if len(accounts) == 2 and total - there != int(look.values["step"]):
+        return failed("a snapshot that was made while ledger runs", "an amount is missing that ledger never moves")
     return compare(look.answer("missing"), total - there, "missing=..., how much is missing in the snapshot half")
 
 

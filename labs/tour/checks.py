@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 from labkit.errors import CouldNotLookError
 from labkit.look import Look, Verdict, compare, failed, partial, parts, passed
+from labkit.transport import quote
 
 FRONT = "/local/domain/{domid}/device/9pfs/{devid}"
 BACK = "/local/domain/0/backend/xen9p/{domid}/{devid}"
@@ -79,11 +81,15 @@ def byhand(look: Look) -> Verdict:
     mounted = look.many(
         "guest", {"mount": 'awk -v tag="$tag" \'$1 == tag && $3 == "9p" { print $2 }\' /proc/mounts | head -n 1'}
     )["mount"].out.strip()
-    there = look.out("host", 'cat "$part/byhand/word" 2>/dev/null').strip()
-    if there != look.values["word"] or not mounted:
-        return partial(
-            0.7, "mounted in the guest, and your word in a file word", f"mount {mounted or 'none'}, word {there!r}"
-        )
+    # Through the mount: whatever a directory on the host says, the guest has to see it.
+    name, nonce = f"proof-{secrets.token_hex(4)}", secrets.token_hex(8)
+    look.run("host", f'echo {nonce} > "$part/byhand/{name}"')
+    seen = look.out("guest", f"cd {quote(mounted)} && cat {name}; cat word").split() if mounted else []
+    look.run("host", f'rm -f "$part/byhand/{name}"')
+    if seen != [nonce, str(look.values["word"])]:
+        works = "a mount that works" if nonce in seen else f"mount {mounted or 'none'}"
+        what = f"{works}, word {' '.join(seen[1:]) or 'none'}"
+        return partial(0.7 if nonce in seen else 0.4, "mounted in the guest, and your word in a file word", what)
     return passed()
 
 
@@ -103,7 +109,7 @@ def trace(look: Look) -> Verdict:
         in_vain = {name for x in walks for name in x["request"].get("wnames", [])}
         were_read = {x["path"].rpartition("/")[2] for x in lines if x["request"]["type"] == "Tread"}
     except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, or not what a trace writes
-        raise CouldNotLookError("talk.json is no JSON lines", "xen9p trace --json writes them") from None
+        return failed("talk.json as xen9p trace --json writes it: a JSON object a line", "something else")
     name = str(look.values["asked"])
     seen, read = f"{name}.lock" in in_vain, name in were_read
     inode = look.out("host", f'stat -c %i "$part/tour/box/{name}"').strip()

@@ -372,7 +372,7 @@ def test_a_broken_check_is_no_wrong_answer(
     assert outcome.achieved == 20, "what was achieved is not lost"
     made = results.make(SAMPLE, room.student(), room.course, done)
     assert made["complete"] is False
-    assert "000" not in results.moodle([made], "T"), "no grade is given, and none that is there is deleted"
+    assert "000" not in results.moodle([made], room.course, "T"), "no grade is given, and none that is there is deleted"
     assert any(said in note for note in made["instructor"]) or status == "unreachable"
 
 
@@ -770,20 +770,95 @@ def test_where_to_read_on_is_a_link_to_the_site(room: Classroom) -> None:
     assert "docs/getting-started.md#files-from-both-sides" in room.cli("check", "sample").stdout
 
 
+def class_of(*students: dict[str, str]) -> courses.Course:
+    """A course with these students."""
+    document = {"course": "c", "seed": "5e" * 32, "hosts": {"h": {"address": "192.0.2.1"}}}
+    return courses.from_document(
+        {**document, "students": [{"host": "h", "guests": [f"g{n}"], **one} for n, one in enumerate(students)]}
+    )
+
+
 def test_cells_are_no_formulas() -> None:
-    made = {"student": "ada", "full_name": "=1+1", "complete": True, "score": 5.5}
-    assert list(csv.reader(results.canvas([made], "T").splitlines()))[2][0] == "'=1+1"
+    made = {"student": "ada", "complete": True, "score": 5.5}
+    text = results.canvas([made], class_of({"name": "ada", "full_name": "=1+1"}), "T")
+    assert list(csv.reader(text.splitlines()))[2][0] == "'=1+1"
 
 
 def test_who_has_no_grade_has_no_line_that_would_delete_one() -> None:
     both = [
-        {"student": "bob", "id": "7", "complete": True, "score": 80.0},
-        {"student": "ada", "id": "5", "email": "ada@example.org", "complete": False, "score": 40.0},
+        {"student": "bob", "id": "5", "complete": True, "score": 80.0},
+        {"student": "ada", "complete": False, "score": 40.0},
     ]
-    assert results.moodle(both, "T") == "ID number,Email address,T\n7,,80\n"
-    assert results.canvas(both, "T").splitlines()[1:] == ["    Points Possible,,,,,100", "bob,,7,bob,,80"]
-    for text, lines in ((results.canvas([], "T"), 2), (results.moodle([], "T"), 1)):
+    mine = class_of({"name": "ada", "id": "5", "email": "ada@example.org"}, {"name": "bob", "id": "7"})
+    assert results.moodle(both, mine, "T") == "ID number,Email address,T\n7,,80\n", "Bob says that he is Ada"
+    assert results.canvas(both, mine, "T").splitlines()[1:] == ["    Points Possible,,,,,100", "bob,,7,bob,,80"]
+    for text, lines in ((results.canvas([], mine, "T"), 2), (results.moodle([], mine, "T"), 1)):
         assert [line.count(",") for line in text.splitlines()] == [text.splitlines()[0].count(",")] * lines
+
+
+@needs_btrfs
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lab": "other"}, "are of lab other"),
+        ({"possible": 99}, "are not those of lab sample"),
+        ({"score": 100}, "do not add up"),
+        ({"checks": []}, "are not those of lab sample"),
+    ],
+)
+def test_what_does_not_add_up_is_not_taken_in(room: Classroom, change: dict[str, Any], says: str) -> None:
+    room.lab().start()
+    made = results.make(SAMPLE, room.student(), room.course, room.grade())
+    results.check_fit(made, SAMPLE)
+    with pytest.raises(LabError, match=says):
+        results.check_fit({**made, **change}, SAMPLE)
+
+
+@needs_btrfs
+def test_an_ended_lab_keeps_its_last_points(room: Classroom) -> None:
+    room.lab().start()
+    room.follow("solution/steps.md")
+    assert room.grade().score == 100
+    room.lab().end()
+    with pytest.raises(LabError, match="has ended lab sample"):
+        room.grade()
+    assert state.load(room.system(), room.student(), SAMPLE.name).last["score"] == 100
+
+
+@needs_btrfs
+def test_the_instructors_own_grading_is_not_replaced(room: Classroom, tmp_path: Path) -> None:
+    room.lab().start()
+    out = tmp_path / "out"
+    assert room.cli("grade", "sample", "--out", str(out)).returncode == 0
+    own = (out / "sample/ada.json").read_text()
+    alone = dataclasses.replace(room.course, seed=None)
+    room.follow("solution/steps.md")
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text(results.dump(results.make(SAMPLE, room.student(), alone, room.grade())))
+    said = room.cli("collect", "sample", str(theirs), "--out", str(out), student=None)
+    assert (said.returncode, said.stderr.count("\n")) == (1, 1)
+    assert "ada was graded by you" in said.stderr
+    assert (out / "sample/ada.json").read_text() == own
+    (out / "sample/ada.json").unlink()
+    assert room.cli("collect", "sample", str(theirs), "--out", str(out), student=None).returncode == 0
+
+
+def test_a_seats_file_has_the_students_guests_and_key_alone() -> None:
+    document = {
+        "course": "c",
+        "seed": "5e" * 32,
+        "hosts": {"h": {"address": "192.0.2.1", "guests": {"a1": "10.9.0.11", "b1": "10.9.0.12"}}},
+        "students": [{"name": "ada", "host": "h", "guests": ["a1"]}, {"name": "bob", "host": "h", "guests": ["b1"]}],
+    }
+    whole = courses.from_document(document)
+    mine = courses.parse(courses.handout(whole, "ada", seat=True), "ada.yml")
+    assert (mine.seed, [s.name for s in mine.students]) == (None, ["ada"])
+    assert mine.student(None).key == whole.student("ada").key
+    assert mine.student(None).host.address == "192.0.2.1"
+    assert mine.student(None).host.guests == (("a1", "10.9.0.11"),)
+    testbed = {**document, "hosts": {"h": {"ssh_config": "x"}}}
+    with pytest.raises(LabError, match="has no address"):
+        courses.handout(courses.from_document(testbed), "ada", seat=True)
 
 
 # Folders.

@@ -274,13 +274,15 @@ def test_a_labs_devices_are_given_whatever_is_there_and_waited_for(xen9pd: Xen9p
     assert {(d["guest"], d["tag"]) for d in xen9pd.devices} >= {("g1", "own"), ("g1", "new"), ("g1", "user")}
     looks = [request for request in xen9pd.asked if isinstance(request, control.Status)]
     assert len(looks) == 2  # it was not connected at first
-    done = devices(xen9pd.path, "list", "g1")
-    assert done.stdout.splitlines()[0] == "device g1 all e rw /store/labs/ada/tour"
-    assert len(done.stdout.splitlines()) == 5
+    done = devices(xen9pd.path, "list", "/store/labs/ada/tour", "g1")
+    assert done.stdout.splitlines() == [
+        "device g1 all e rw /store/labs/ada/tour",
+        "device g1 own e rw /store/labs/ada/tour/own",
+    ], "those of another lab are not this one's affair"
 
 
 def test_a_guest_that_is_off_and_a_service_that_is_not_there_are_one_line(xen9pd: Xen9pd, tmp_path: Path) -> None:
     done = devices(xen9pd.path, "attach", given="off e own kernel\n")
     assert (done.returncode, done.stderr) == (3, "error: off does not run: xl create /etc/xen/off.cfg\n")
-    done = devices(tmp_path / "nobody", "list", "g1")
+    done = devices(tmp_path / "nobody", "list", "/store", "g1")
     assert (done.returncode, done.stderr) == (3, "error: xen9pd does not answer: systemctl status xen9pd\n")

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     handout = add("handout", _handout, "the course file for a student's own machine: their key alone")
     handout.add_argument("name", metavar="NAME", help="the student")
+    handout.add_argument("--seat", action="store_true", help="for their guests on their host of the course")
     writing = add("write-course", _write_course, "for the playbooks: the course file, from JSON on standard input")
     writing.add_argument("file", type=Path, metavar="FILE", help="the course file")
     writing.add_argument("--seed-file", type=Path, required=True, metavar="FILE", help="has the key; made if missing")
@@ -236,7 +237,7 @@ def _summary(lab: Lab, done: grading.Graded, *, partly: bool) -> int:
     if done.kept.manifest is None:
         print(f"This lab has not been started here: ./lab start {lab.name}")
     if done.undecided:
-        print(f"{done.undecided} points are undecided: something could not be looked at. None of them is lost.")
+        print(f"{done.undecided:g} points are undecided: something could not be looked at. None of them is lost.")
         return EXIT_COULD_NOT_LOOK
     return 0 if all(o.status == "passed" for o in done.outcomes) else EXIT_NOT_YET
 
@@ -267,8 +268,9 @@ def _hint(options: argparse.Namespace) -> int:
 
 def _grade(options: argparse.Namespace) -> int:
     if options.all:
-        code = _everybody(options, ["grade", options.lab, "--out", str(options.out)])
-        _write_class(_course(options), spec.load(options.lab), options.out)
+        left_out: set[str] = set()
+        code = _everybody(options, ["grade", options.lab, "--out", str(options.out)], left_out)
+        _write_class(_course(options), spec.load(options.lab), options.out, left_out)
         return code
     lab = spec.load(options.lab)
     course, student = _who(options)
@@ -290,8 +292,12 @@ def _grade(options: argparse.Namespace) -> int:
 # For all.
 
 
-def _everybody(options: argparse.Namespace, command: list[str]) -> int:
-    """Runs the command for each student in a process of its own; the worst exit code."""
+def _everybody(options: argparse.Namespace, command: list[str], left_out: set[str] | None = None) -> int:
+    """Runs the command for each student in a process of its own; the worst exit code.
+
+    Args:
+        left_out: gets the names of those for whom it failed by more than something that could not be looked at.
+    """
     course = _course(options)
     students = [s for s in course.students if options.host in ("", s.host.name)]
     if not students:
@@ -313,9 +319,14 @@ def _everybody(options: argparse.Namespace, command: list[str]) -> int:
             student, done = future.result()
             last = _last(done)
             print(f"[{number}/{len(students)}, {time.monotonic() - began:.0f} s] {student.name}: {last}", flush=True)
-            worst = max(worst, done.returncode)
+            # That something could not be looked at is in the results; any other failure is not, and must not hide.
+            codes = {worst, done.returncode} - {0}
+            worst = max(codes - {EXIT_COULD_NOT_LOOK} or codes, default=0)
             if done.returncode:
                 failed.append(f"{student.name}: {last}")
+                written = done.returncode == EXIT_COULD_NOT_LOOK and "written:" in done.stdout
+                if left_out is not None and not written:
+                    left_out.add(student.name)
     if failed:
         print(f"lab: error: {len(failed)} of {len(students)} students: {failed[0]}", file=sys.stderr)
     return worst
@@ -330,21 +341,30 @@ def _last(done: subprocess.CompletedProcess[str]) -> str:
     return (telling or lines or ["nothing"])[-1]
 
 
-def _write_class(course: Course, lab: Lab, out: Path) -> None:
-    """The class's page and CSV, from the results that are there."""
-    found = []
+def _write_class(course: Course, lab: Lab, out: Path, left_out: Collection[str] = ()) -> None:
+    """The class's page and CSV, from the results that are there.
+
+    Args:
+        left_out: whose grading has failed just now: what is there of them is old, and no grade for a platform.
+    """
+    found, unread = [], []
     for student in course.students:
         path = out / lab.name / f"{student.name}.json"
-        if path.exists():
-            found.append(results.read(path, course))
+        try:
+            if path.exists():
+                found.append(results.read(path, course))
+        except Xen9pError as error:
+            print(f"lab: error: {error}", file=sys.stderr)
+            unread.append(student.name)
     folder = out / lab.name
     title = f"{lab.number}. {lab.title}"
     results.write(folder / "class.html", report.class_page(found, [s.name for s in course.students], title))
     results.write(folder / "class.xml", results.junit(found))
-    results.write(folder / "moodle.csv", results.moodle(found, lab.title))
-    results.write(folder / "canvas.csv", results.canvas(found, lab.title))
+    now = [r for r in found if r["student"] not in left_out]
+    results.write(folder / "moodle.csv", results.moodle(now, course, lab.title))
+    results.write(folder / "canvas.csv", results.canvas(now, course, lab.title))
     print(f"written: {folder}/class.html, class.xml, moodle.csv, canvas.csv")
-    if waiting := [r["student"] for r in found if not r["complete"]]:
+    if waiting := sorted({*left_out, *unread, *(r["student"] for r in now if not r["complete"])}):
         print(f"not in the CSV files, as not all could be looked at: {', '.join(waiting)}; grade again")
 
 
@@ -354,20 +374,34 @@ def _collect(options: argparse.Namespace) -> int:
     for path in options.files:
         try:
             made = results.read(path, course)
-            if made["lab"] != lab.name:
-                raise LabError(f"{path.name} is of lab {made['lab']}, not {lab.name}")
+            results.check_fit(made, lab)
+            target = options.out / lab.name / f"{made['student']}.json"
+            _check_newer(target, made, course)
         except Xen9pError as error:
-            print(f"lab: error: {error}", file=sys.stderr)
+            print(f"lab: error: {path.name}: {str(error).removeprefix(f'{path.name}: ')}", file=sys.stderr)
             wrong += 1
             continue
-        target = options.out / lab.name / f"{made['student']}.json"
         text = results.dump(made)
         if not target.exists() or target.read_text() != text:
             results.write(target, text)
-            results.write(target.with_suffix(".html"), report.student_page(made))
+            results.write(target.with_suffix(".html"), report.student_page({**made, "site": course.site}))
         print(f"{made['student']}: {made['score']:g} points, signed by the {made['signed_by']}, {made['graded_at']}")
     _write_class(course, lab, options.out)
     return 1 if wrong else 0
+
+
+def _check_newer(target: Path, made: results.Results, course: Course) -> None:
+    """LabError if what is there already weighs more: the instructor's own run, or a later one."""
+    try:
+        there = results.read(target, course) if target.exists() else None
+    except Xen9pError:
+        return  # what cannot be read weighs nothing
+    if there is None:
+        return
+    if (there["signed_by"], made["signed_by"]) == ("course", "student"):
+        raise LabError(f"{made['student']} was graded by you at {there['graded_at']}", f"delete {target} to take it")
+    if there["signed_by"] == made["signed_by"] and there["graded_at"] > made["graded_at"]:
+        raise LabError(f"there is a later one of {made['student']}, of {there['graded_at']}", f"delete {target}")
 
 
 def _progress(options: argparse.Namespace) -> int:
@@ -378,22 +412,27 @@ def _progress(options: argparse.Namespace) -> int:
         else [course.student(options.student)]
     )
     found: dict[str, dict[str, object]] = {}
+    wrong = 0
     for student in students:
-        system = connect(student)
-        found[student.name] = {}
-        for name in spec.names():
-            kept = state.load(system, student, name)
-            if kept.started:
-                found[student.name][name] = kept.last or {"score": None}
+        try:
+            system = connect(student)
+            remembered = {name: state.load(system, student, name) for name in spec.names()}
+        except Xen9pError as error:
+            if not options.all:
+                raise
+            print(f"lab: error: {student.name}: {error}", file=sys.stderr)
+            wrong += 1
+            continue
+        found[student.name] = {name: kept.last or {"score": None} for name, kept in remembered.items() if kept.started}
     if options.json:
         print(json.dumps(found, indent=2))
-        return 0
+        return EXIT_COULD_NOT_LOOK if wrong else 0
     for student_name, labs in found.items():
         for name in spec.names():
             last = labs.get(name)
             words = "not started" if last is None else _bar(last)
             print(f"{student_name:<12} {name:<14} {words}")
-    return 0
+    return EXIT_COULD_NOT_LOOK if wrong else 0
 
 
 def _bar(last: object) -> str:
@@ -408,7 +447,8 @@ def _bar(last: object) -> str:
 
 
 def _handout(options: argparse.Namespace) -> int:
-    print(yaml.safe_dump(courses.handout(_course(options), options.name), sort_keys=False), end="")
+    document = courses.handout(_course(options), options.name, seat=options.seat)
+    print(yaml.safe_dump(document, sort_keys=False), end="")
     return 0
 
 

@@ -194,13 +194,28 @@ def seed(path: Path) -> str:
     return found
 
 
-def handout(course: Course, name: str) -> dict[str, Any]:
-    """The document of the file that a student gets for a laptop: their own key, and nobody else's."""
+def handout(course: Course, name: str, *, seat: bool = False) -> dict[str, Any]:
+    """The document of the file that a student gets: their own key, and nobody else's.
+
+    Args:
+        seat: for their guests on their host of the course, and not for a testbed on a laptop.
+
+    Raises:
+        LabError: there is no such student, or their host cannot be reached from elsewhere.
+    """
     student = course.student(name)
-    about: dict[str, Any] = {"name": student.name, "host": "host", "guests": ["g1", "g2"], "key": student.key.hex()}
+    host, guests = student.host, ["g1", "g2"]
+    about: dict[str, Any] = {"name": student.name, "host": "host", "guests": guests, "key": student.key.hex()}
+    hosts: dict[str, Any] = {"host": {"ssh_config": ".lab/lab/ssh_config"}}
+    if seat:
+        if not host.address:
+            raise LabError(f"host {host.name} has no address", "a seat is on a host that others reach by ssh")
+        mine = {guest: address for guest, address in host.guests if guest in student.guests}
+        kept = {key: getattr(host, key) for key in ("alias", "address", "user", "port", "store")}
+        hosts = {host.name: {**kept, "guests": mine}}
+        about |= {"host": host.name, "guests": list(student.guests)}
     about |= {k: v for k, v in (("full_name", student.full_name), ("id", student.id), ("email", student.email)) if v}
     site = {"site": course.site} if course.site else {}
-    hosts = {"host": {"ssh_config": ".lab/lab/ssh_config"}}
     return {"course": course.name, **site, "hosts": hosts, "students": [about]}
 
 

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from labkit import state, values
 from labkit.course import Course, Student
-from labkit.errors import CouldNotLookError
+from labkit.errors import CouldNotLookError, LabError
 from labkit.look import Look, Verdict, load_checks
 from labkit.setup import guest_places, values_of
 from labkit.spec import CheckSpec, Lab
@@ -238,7 +238,7 @@ class Graded:
     outcomes: list[Outcome]
     kept: state.Kept
     score: float
-    undecided: int
+    undecided: float
     """Points of checks about which nothing can be said now."""
     notes: list[str]
     """For the instructor."""
@@ -257,12 +257,18 @@ def grade(
     """Runs the checks and remembers on the host what was achieved.
 
     Raises:
+        LabError: the lab was ended: what it came to stays as it was.
         BusyError: the student's lab is being graded, started or reset.
         TamperedError: what is remembered was changed by hand.
         UnreachableError: the host does not answer.
     """
     with state.held(system, student, lab.name, seconds=300 + sum(c.seconds + GRACE for c in lab.checks)):
         kept = state.load(system, student, lab.name)
+        if kept.started and kept.manifest is None:
+            raise LabError(
+                f"{student.name} has ended lab {lab.name}: its points are those of the last time",
+                f"lab start {lab.name} begins anew",
+            )
         outcomes = run_checks(lab, student, system, course=course, only=only, say=say, checks=checks)
         notes = [f"{o.name}: {o.trouble}" for o in outcomes if o.trouble]
         notes += [f"{o.name}: the answer would be right for {same}" for o in outcomes for same in o.same_as]
@@ -278,9 +284,14 @@ def grade(
         outcomes=outcomes,
         kept=kept,
         score=score,
-        undecided=sum(o.possible for o in outcomes if o.status in UNDECIDED),
+        undecided=sum(_open(o, lab.check(o.name)) for o in outcomes if o.status in UNDECIDED),
         notes=notes,
     )
+
+
+def _open(outcome: Outcome, spec: CheckSpec) -> float:
+    """The points of a check that could not be looked at that may be missing: what was once achieved may count."""
+    return outcome.possible - (outcome.achieved if spec.counts == "once" else 0)
 
 
 def count(outcome: Outcome, spec: CheckSpec, kept: state.Kept) -> None:

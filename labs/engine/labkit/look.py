@@ -19,13 +19,14 @@ import json
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from labkit.course import Student
 from labkit.errors import CouldNotLookError, LabError, TooSlowError
-from labkit.setup import where
+from labkit.setup import values_file
 from labkit.spec import Lab
 from labkit.transport import HOST, Done, System, quote
 from labkit.values import Value, Values
@@ -105,9 +106,8 @@ class Look:
         left = self.ends - time.monotonic()
         if left <= 0:
             raise TooSlowError("the check's time is over")
-        work = where(self.lab.name, self.student).work
-        load = f'[ ! -r "{work}/values" ] || . "{work}/values"\n'
-        return self.system.run(place, load + script, left)
+        # Not from the file in the student's folder, which may say something else by now, or be gone.
+        return self.system.run(place, values_file(self.lab, self.student) + script, left)
 
     def out(self, place: str, script: str) -> str:
         """What a script prints, whether it fails or not."""
@@ -191,8 +191,25 @@ class Look:
 
     def counters(self, place: str, tag: str) -> dict[str, float]:
         """A device's counters: `requests`, `read_bytes`, `written_bytes`, and each message type's count by its name."""
-        guest = self.system.name(place)
-        return parse_metrics(self.run(HOST, "xen9p metrics").out, guest, tag)
+        return parse_metrics(self.metrics(), self.system.name(place), tag)
+
+    def all_counters(self, place: str) -> dict[str, float]:
+        """The same of all devices of a guest together that lead into the student's part, whatever their tags are."""
+        part = self.out(HOST, 'echo "$part"').strip()
+        guest, text = self.system.name(place), self.metrics()
+        self.facts.pop("status", None)
+        tags = {d["tag"] for d in self.status()["devices"] if d["guest"] == guest and _within(d["path"], part)}
+        counted: Counter[str] = Counter()
+        for tag in tags:
+            counted.update(parse_metrics(text, guest, tag))
+        return dict(counted)
+
+    def metrics(self) -> str:
+        """What `xen9p metrics` prints. CouldNotLookError if it fails."""
+        done = self.run(HOST, "xen9p metrics")
+        if done.code != 0:
+            raise CouldNotLookError(f"xen9p metrics: {done.said}", "systemctl status xen9pd")
+        return done.out
 
     def _json(self, command: str) -> Any:
         done = self.run(HOST, command)
@@ -202,6 +219,10 @@ class Look:
             return json.loads(done.out)
         except ValueError:
             raise CouldNotLookError(f"{command} does not speak JSON") from None
+
+
+def _within(path: str, folder: str) -> bool:
+    return f"{path}/".startswith(f"{folder}/")
 
 
 def parse_answers(raw: bytes) -> dict[str, str]:

@@ -120,7 +120,11 @@ def junit(all_results: Iterable[Results]) -> str:
     top = ET.Element("testsuites")
     for results in all_results:
         checks = results["checks"]
-        kinds = [_JUNIT.get(check["status"]) for check in checks]
+        # What counts in full is no failure, whatever holds of it now.
+        kinds = [
+            None if check["counted"] + check["hint_cost"] >= check["possible"] else _JUNIT.get(check["status"])
+            for check in checks
+        ]
         suite = ET.SubElement(
             top,
             "testsuite",
@@ -158,23 +162,44 @@ def graded(all_results: Sequence[Results]) -> list[Results]:
     return sorted((results for results in all_results if results["complete"]), key=lambda results: results["student"])
 
 
-def moodle(all_results: Sequence[Results], title: str) -> str:
+def moodle(all_results: Sequence[Results], course: Course, title: str) -> str:
     """A lab's grades for Moodle's *Grades, Import, CSV file*: `ID number` or `Email address` maps to the user, the
-    third column, called by the lab's title, to a grade item."""
+    third column, called by the lab's title, to a grade item. Who somebody is says the course, and not the results."""
     rows = [["ID number", "Email address", title]]
-    rows += [[r.get("id", ""), r.get("email", ""), f"{r['score']:g}"] for r in graded(all_results)]
+    for results in graded(all_results):
+        who = course.student(results["student"])
+        rows.append([who.id, who.email, f"{results['score']:g}"])
     return _csv(rows)
 
 
-def canvas(all_results: Sequence[Results], title: str) -> str:
+def canvas(all_results: Sequence[Results], course: Course, title: str) -> str:
     """A lab's grades for the import of Canvas' gradebook, with the row of points possible."""
-    rows: list[list[str]] = [
+    rows = [
         ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", title],
         ["    Points Possible", "", "", "", "", "100"],
     ]
-    for r in graded(all_results):
-        rows.append([r.get("full_name") or r["student"], "", r.get("id", ""), r["student"], "", f"{r['score']:g}"])
+    for results in graded(all_results):
+        who = course.student(results["student"])
+        rows.append([who.full_name or who.name, "", who.id, who.name, "", f"{results['score']:g}"])
     return _csv(rows)
+
+
+def check_fit(results: Results, lab: Lab) -> None:
+    """Whether results from somebody else's machine can be of this lab: its checks, and no more points than they have.
+
+    Raises:
+        LabError: they are of another lab or of another version of it, or do not add up.
+    """
+    if results["lab"] != lab.name:
+        raise LabError(f"these results are of lab {results['lab']}, not {lab.name}")
+    of = {check.name: check.points for check in lab.checks}
+    there = {check["name"]: check["possible"] for check in results["checks"]}
+    if there != of or len(results["checks"]) != len(of) or results["possible"] != lab.points:
+        raise LabError(f"its checks are not those of lab {lab.name}", "is the student's copy of the labs another one?")
+    counted = [check["counted"] for check in results["checks"]]
+    fits = all(0 <= check["counted"] <= check["possible"] for check in results["checks"])
+    if not fits or abs(sum(counted) - results["score"]) > 0.05:
+        raise LabError("its points do not add up", "it was not written by lab grade")
 
 
 def _csv(rows: Iterable[Sequence[str]]) -> str:

@@ -2,7 +2,7 @@
 
     devices.py SOCKET detach PART GUEST...   takes away all that lead into a directory, whoever made them
     devices.py SOCKET attach                 gives what standard input says, GUEST EXPORT TAG FRONTEND a line
-    devices.py SOCKET list GUEST...          prints a line for each
+    devices.py SOCKET list PART GUEST...     prints a line for each that leads there
 
 Over the control socket, all at once, and not by the xen9p command: each start of that takes a second under emulation.
 What is spoken there: xen9p/control.py.
@@ -45,8 +45,13 @@ def devices(guests: list[str]) -> list[dict[str, Any]]:
     return sorted(there, key=lambda device: (device["guest"], device["tag"]))
 
 
+def into(part: str, guests: list[str]) -> list[dict[str, Any]]:
+    """Those that lead into a directory: other labs have devices of the same guests."""
+    return [device for device in devices(guests) if (device["path"] + "/").startswith(part + "/")]
+
+
 def detach(part: str, guests: list[str]) -> None:
-    found = [device for device in devices(guests) if (device["path"] + "/").startswith(part + "/")]
+    found = into(part, guests)
     answers = ask([{"do": "detach", "guest": device["guest"], "tag": device["tag"]} for device in found])
     for device, answer in zip(found, answers, strict=True):
         # Somebody else may have taken it away meanwhile, or the guest has ended.
@@ -100,7 +105,7 @@ def main() -> None:
         case "attach":
             attach([line.split() for line in sys.stdin if line.strip()])
         case "list":
-            for d in devices(WORDS):
+            for d in into(WORDS[0], WORDS[1:]):
                 print("device", d["guest"], d["tag"], d["export"], d["access"], d["path"])
 
 

@@ -26,7 +26,7 @@ if [ -n "$policy" ] && [ -f "$policy" ]; then
 fi
 if [ -n "$guests" ] && command -v xen9p >/dev/null; then
   read -ra names <<<"$guests"
-  python3 -I -S -c "$(base64 -d <<<"$devices")" "$control" list "${names[@]}"
+  python3 -I -S -c "$(base64 -d <<<"$devices")" "$control" list "$part" "${names[@]}"
 fi
 for top in $mounts; do
   awk -v top="$top" '$2 == top || index($2, top "/") == 1 { print "mount", $1, $2, $3 }' /proc/mounts

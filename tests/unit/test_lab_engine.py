@@ -869,6 +869,15 @@ def test_every_lab_is_in_order(name: str) -> None:
     assert lint.problems(name) == []
 
 
+def test_no_two_labs_want_the_same_tag() -> None:
+    """They may be on a host at the same time, and a guest has a tag once."""
+    owner: dict[str, str] = {}
+    for name in spec.names():
+        for tag in {export.tag for export in spec.load(name).exports if export.attach != "none"}:
+            assert owner.setdefault(tag, name) == name, f"tag {tag}"
+    assert len(owner) > 6
+
+
 def test_a_new_lab_is_in_order(tmp_path: Path) -> None:
     scaffold.make("my-lab", tmp_path)
     assert lint.problems("my-lab", tmp_path) == []

@@ -173,3 +173,12 @@ def test_every_metric_is_in_the_documentations_table() -> None:
     plain = re.findall(r'^ {4}(?:\("|\(\n {8}")([a-z_]+)", ?\n? *"(?:counter|gauge)"', source, re.M)
     assert len(plain) > 20
     assert {f"xen9p_{name}" for name in plain} <= named
+
+
+def test_every_make_target_of_the_documentation_is_there() -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named = {(page.name, name) for page in pages for name in re.findall(r"`make ([a-z-]+)", page.read_text())}
+    named |= {(page.name, name) for page in pages for name in re.findall(r"^make ([a-z-]+)", page.read_text(), re.M)}
+    assert len(named) > 20
+    assert sorted(one for one in named if one[1] not in targets) == []

@@ -582,16 +582,8 @@ def main() -> int:
     except (BenchError, OSError) as error:
         print(f"bench_cache: {error}", file=sys.stderr)
         return 1
-    result: dict[str, Any] = {
-        **bench_store.machine(),
-        "sizes": sizes | {"think": given.think},
-        **found,
-        "bars": bars(found),
-    }
-    docs = {}
-    if given.docs:
-        docs = {given.docs / "cache.md": page(result), given.docs / "cache.svg": chart(result)}
-    bench_store.publish(result, given.results, page(result), docs)
+    result = {"sizes": sizes | {"think": given.think}, **found, "bars": bars(found)}
+    bench_store.publish("cache", given, result, page, chart)
     return 0
 
 

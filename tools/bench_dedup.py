@@ -376,11 +376,8 @@ def main() -> int:
         print(f"bench_dedup: {error}", file=sys.stderr)
         return 1
     sizes = {name: getattr(given, name) for name in ("guests", "golden_mib", "packages_mib", "noise_mib")}
-    result: dict[str, Any] = {**bench_store.machine(), "sizes": sizes, **found, "bars": bars(found)}
-    docs = {}
-    if given.docs:
-        docs = {given.docs / "dedup.md": page(result), given.docs / "dedup.svg": chart(result)}
-    bench_store.publish(result, given.results, page(result), docs)
+    result = {"sizes": sizes, **found, "bars": bars(found)}
+    bench_store.publish("dedup", given, result, page, chart)
     return 0
 
 

@@ -573,11 +573,8 @@ def main() -> int:
         print(f"bench_snapshot: {error}", file=sys.stderr)
         return 1
     sizes = {"files": given.files, "rounds": given.rounds, "changes": given.changes}
-    result: dict[str, Any] = {**bench_store.machine(), "sizes": sizes, **found, "bars": bars(found)}
-    docs = {}
-    if given.docs:
-        docs = {given.docs / "snapshot.md": page(result), given.docs / "snapshot.svg": chart(result)}
-    bench_store.publish(result, given.results, page(result), docs)
+    result = {"sizes": sizes, **found, "bars": bars(found)}
+    bench_store.publish("snapshot", given, result, page, chart)
     return 0
 
 

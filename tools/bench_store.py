@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from html import escape
@@ -125,12 +126,27 @@ def machine() -> dict[str, Any]:
     }
 
 
-def publish(result: Mapping[str, Any], results: Path, page: str, docs: Mapping[Path, str]) -> None:
-    """Keep all figures in *results*, print the page, and write what *docs* has for the documentation."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(result, indent=1) + "\n")
-    print(page)
-    print(f"all figures: {results}")
-    for path, text in docs.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def publish(
+    name: str,
+    given: argparse.Namespace,
+    result: Mapping[str, Any],
+    page: Callable[[dict[str, Any]], str],
+    chart: Callable[[dict[str, Any]], str],
+) -> None:
+    """Keep a run's figures, print its page, and with --docs write page and chart of the documentation.
+
+    Args:
+        name: of the page's file and the chart's.
+        given: with *results* (where figures go) and *docs* (a directory, or None).
+        result: what was found; when and on what is added.
+    """
+    whole = {**machine(), **result}
+    given.results.parent.mkdir(parents=True, exist_ok=True)
+    given.results.write_text(json.dumps(whole, indent=1) + "\n")
+    text = page(whole)
+    print(text)
+    print(f"all figures: {given.results}")
+    if given.docs:
+        given.docs.mkdir(parents=True, exist_ok=True)
+        (given.docs / f"{name}.md").write_text(text)
+        (given.docs / f"{name}.svg").write_text(chart(whole))

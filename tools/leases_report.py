@@ -6,13 +6,13 @@ Usage: leases_report.py .lab/lab/leases.json docs/results
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench_stats import ReportError, spread
+from bench_stats import spread
 from bench_store import bars_chart
+from lab_report import write_pages
 
 LEAST = 5
 """How many times as fast as cache=none it shall be."""
@@ -68,17 +68,12 @@ def main() -> int:
     parser.add_argument("found", type=Path, metavar="leases.json", help="what the test has written")
     parser.add_argument("docs", type=Path, metavar="DIR", help="where page and chart go")
     given = parser.parse_args()
-    try:
-        found = json.loads(given.found.read_text())
-        texts = {"leases.md": page(found), "leases.svg": chart(found)}
-    except OSError as error:
-        parser.exit(1, f"leases_report: {error}: run tests/lab/test_coherent.py on a lab first\n")
-    except (LookupError, TypeError, AttributeError, ValueError, ReportError):
-        what = f"{given.found} is not what tests/lab/test_coherent.py writes: run it again"
-        parser.exit(1, f"leases_report: {what}\n")
-    for name, text in texts.items():
-        (given.docs / name).write_text(text)
-    return 0
+    return write_pages(
+        "leases_report",
+        "tests/lab/test_coherent.py",
+        given.found,
+        lambda found: {given.docs / "leases.md": page(found), given.docs / "leases.svg": chart(found)},
+    )
 
 
 if __name__ == "__main__":

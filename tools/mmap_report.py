@@ -6,11 +6,11 @@ Usage: mmap_report.py .lab/lab/mmap.json docs/results/mmap.md
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lab_report import write_pages
 
 HEAD = """# Mappings and cache modes
 
@@ -51,16 +51,7 @@ def main() -> int:
     parser.add_argument("found", type=Path, metavar="mmap.json", help="what the test has written")
     parser.add_argument("page", type=Path, metavar="PAGE.md", help="where the page goes")
     given = parser.parse_args()
-    try:
-        text = page(json.loads(given.found.read_text()))
-        given.page.write_text(text)
-    except OSError as error:
-        print(f"mmap_report: {error}: run tests/lab/test_mmap.py on a lab first", file=sys.stderr)
-        return 1
-    except (KeyError, TypeError, AttributeError, ValueError):
-        print(f"mmap_report: {given.found} is not what tests/lab/test_mmap.py writes: run it again", file=sys.stderr)
-        return 1
-    return 0
+    return write_pages("mmap_report", "tests/lab/test_mmap.py", given.found, lambda found: {given.page: page(found)})
 
 
 if __name__ == "__main__":

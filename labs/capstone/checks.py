@@ -145,7 +145,7 @@ def race(look: Look) -> Verdict:
         if look.run(place, "grep -q ' /mnt/build ' /proc/mounts && [ -d /mnt/build/src ]").code != 0:
             return failed("the tree at /mnt/build in both guests", f"not in ${place}")
     mine, theirs = Work(), Work()
-    before = metrics(look)
+    before = look.all_counters(*GUESTS)
     for _ in range(ROUNDS):
         theirs_said = _both(look, TWIN)
         theirs.count(theirs_said, writes=True)
@@ -161,10 +161,11 @@ def race(look: Look) -> Verdict:
             return failed(wish, "another one" if app else "none")
         mine.count(mine_said, writes=False)  # who reads the disk instead has that counted, too
         mine.took(mine_said)
-    after = metrics(look)
-    mine.requests += after["requests"] - before["requests"]
-    mine.read += after["read_bytes"] - before["read_bytes"]
-    mine.written += after["written_bytes"] - before["written_bytes"]
+    after = look.all_counters(*GUESTS)
+    requests, read, written = (after.get(k, 0) - before.get(k, 0) for k in ("requests", "read_bytes", "written_bytes"))
+    mine.requests += requests
+    mine.read += read
+    mine.written += written
     if mine.requests <= 0:
         raise CouldNotLookError("the counters went back", "a device was attached anew meanwhile: check again")
     verdict = score(mine, theirs)
@@ -214,9 +215,3 @@ def _both(look: Look, script: str, limit: int = 0) -> list[str]:
 
     with ThreadPoolExecutor(len(GUESTS)) as pool:
         return list(pool.map(one, range(1, len(GUESTS) + 1)))
-
-
-def metrics(look: Look) -> dict[str, float]:
-    """Counters of all devices of both guests that lead into the student's part, together."""
-    found = [look.all_counters(place) for place in GUESTS]
-    return {key: sum(one.get(key, 0) for one in found) for key in ("requests", "read_bytes", "written_bytes")}

@@ -193,15 +193,16 @@ class Look:
         """A device's counters: `requests`, `read_bytes`, `written_bytes`, and each message type's count by its name."""
         return parse_metrics(self.metrics(), self.system.name(place), tag)
 
-    def all_counters(self, place: str) -> dict[str, float]:
-        """The same of all devices of a guest together that lead into the student's part, whatever their tags are."""
-        part = self.out(HOST, 'echo "$part"').strip()
-        guest, text = self.system.name(place), self.metrics()
+    def all_counters(self, *places: str) -> dict[str, float]:
+        """The same of all devices of some guests together that lead into the student's part, whatever their tags."""
+        if "part" not in self.facts:
+            self.facts["part"] = self.out(HOST, 'echo "$part"').strip()
+        guests, text = {self.system.name(place) for place in places}, self.metrics()
         self.facts.pop("status", None)
-        tags = {d["tag"] for d in self.status()["devices"] if d["guest"] == guest and _within(d["path"], part)}
         counted: Counter[str] = Counter()
-        for tag in tags:
-            counted.update(parse_metrics(text, guest, tag))
+        for d in self.status()["devices"]:
+            if d["guest"] in guests and f"{d['path']}/".startswith(f"{self.facts['part']}/"):
+                counted.update(parse_metrics(text, d["guest"], d["tag"]))
         return dict(counted)
 
     def metrics(self) -> str:
@@ -219,10 +220,6 @@ class Look:
             return json.loads(done.out)
         except ValueError:
             raise CouldNotLookError(f"{command} does not speak JSON") from None
-
-
-def _within(path: str, folder: str) -> bool:
-    return f"{path}/".startswith(f"{folder}/")
 
 
 def parse_answers(raw: bytes) -> dict[str, str]:

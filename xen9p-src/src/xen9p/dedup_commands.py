@@ -298,5 +298,5 @@ def _schedule(args: argparse.Namespace) -> int:
         raise Xen9pError("--limit says nothing without --on", "add --on")
     about = "Share what the exports of xen9p have in common"
     timer = timers.Timer("xen9p-dedup", args.unit_dir, "xen9p dedup schedule", about)
-    print(timer.change(args.on, args.off, service(args.limit)))
+    print(timer.change(args.on, args.off, service(args.limit))[1])
     return 0

@@ -300,9 +300,9 @@ def _schedule(args: argparse.Namespace, rules: Policy) -> dict[str, Any]:
         slack="AccuracySec=1s",
         policy=args.policy.absolute(),
     )
-    said = timer.change(args.on, args.off, service(args, keep) if on else "")
+    changed, said = timer.change(args.on, args.off, service(args, keep) if on else "")
     _say(args, said)
-    return {"changed": (on or args.off) and not said.endswith("as before"), "said": said}
+    return {"changed": changed, "said": said}
 
 
 def _clone(args: argparse.Namespace, target: Target, _: Policy) -> dict[str, Any]:

@@ -79,13 +79,17 @@ WantedBy=timers.target
 """,
         }
 
-    def change(self, on: str | None, off: bool, service: str) -> str:
-        """What the options of options.schedule() ask for: start(), stop(), or say() if there are none. Xen9pError."""
+    def change(self, on: str | None, off: bool, service: str) -> tuple[bool, str]:
+        """What the options of options.schedule() ask for: start(), stop(), or say() if there are none.
+
+        Returns:
+            Whether anything has changed, and a line about it. Xen9pError as these raise it.
+        """
         if on is not None and off:
             raise Xen9pError("--on and --off contradict each other", "choose one of them")
         if on is not None:
             return self.start(on, service)
-        return self.stop() if off else self.say()
+        return self.stop() if off else (False, self.say())
 
     def say(self) -> str:
         """What is set up, in a line."""
@@ -95,8 +99,8 @@ WantedBy=timers.target
             return "does not run by itself (see --on)"
         return f"runs at {when[0]} ({timer}): {'; '.join(_settings(service, 'ExecStart'))}"
 
-    def start(self, when: str, service: str) -> str:
-        """Sets it up; a line about that.
+    def start(self, when: str, service: str) -> tuple[bool, str]:
+        """Sets it up; whether that changed anything, and a line about it.
 
         Raises:
             Xen9pError: that is no time, the files cannot be written, or systemd refuses.
@@ -114,13 +118,13 @@ WantedBy=timers.target
                 raise Xen9pError(f"{self.folder}: {error.strerror}", "run it as root") from None
         self._systemd("daemon-reload")
         self._systemd("enable", "--now", f"{self.name}.timer")
-        return f"runs at {when}, as before" if same else f"runs at {when}"
+        return not same, f"runs at {when}, as before" if same else f"runs at {when}"
 
-    def stop(self) -> str:
-        """Takes it away; a line about that. Xen9pError: the files cannot be removed, or systemd refuses."""
+    def stop(self) -> tuple[bool, str]:
+        """Takes it away; as start(). Xen9pError: the files cannot be removed, or systemd refuses."""
         there = [self.folder / name for name in self.units("", "") if (self.folder / name).exists()]
         if not there:
-            return "does not run by itself, as before"
+            return False, "does not run by itself, as before"
         self._systemd("disable", "--now", f"{self.name}.timer")
         try:
             for path in there:
@@ -128,7 +132,7 @@ WantedBy=timers.target
         except OSError as error:
             raise Xen9pError(f"{self.folder}: {error.strerror}", "run it as root") from None
         self._systemd("daemon-reload")
-        return "does not run by itself any more"
+        return True, "does not run by itself any more"
 
     def _systemd(self, *words: str) -> None:
         if self.folder != defaults.UNITS:
